@@ -1,0 +1,991 @@
+"""dlm: diffusion language models distilled from autoregressive ones, small enough to read.
+
+One Transformer is teacher and student; the flag is the block length b. Everything the package minimises is
+
+    loss = mean over texts of  sum_i w_i * D( target_i || p_student(x_i | z) ),     z = x with some tokens hidden,
+
+and the methods differ only in which states (x, z) they train on and which target they aim at. Sections: text,
+model, exact sources, optimiser, states and targets, TCS, sampler, judging, training, files and command lines.
+Notation is the README's: B texts, L tokens, V vocabulary, b block length; all likelihoods in nats per token.
+"""
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import re
+import signal
+import sys
+import time
+import urllib.request
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line that names the option and the way out."""
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Text: corpora, tokenizers, splits
+
+SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+               "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+CHUNK = 2000  # characters; whole chunks go to train, validation or test, so that no sentence is in two of them
+
+
+def docs():
+    """The Python language reference that is inside every CPython: about 0.3 MB of English, one paragraph a line.
+
+    Paragraphs are unwrapped; tables, grammars and sessions go, since their runs of blanks are what small models
+    collapse to; repeated paragraphs go *before* splitting, or held-out text would stand in the training part.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise UserError("--data docs: this Python has no pydoc_data.topics; give --data a text file") from None
+    paragraphs = (p for topic in sorted(topics) for p in re.split(r"\n\s*\n", topics[topic]))
+    not_prose = re.compile(r"::=|\+[-=]{3}|\|  |>>>|^\s*[*=\-~^]{4,}\s*$", re.MULTILINE)
+    unwrapped = (" ".join(p.split()) for p in paragraphs if not not_prose.search(p))
+    return [p + "\n" for p in dict.fromkeys(unwrapped) if len(p) >= 20]
+
+
+def shakespeare():
+    """tinyshakespeare (1.1 MB): downloaded once, checked, kept in the cache folder."""
+    url, sha256 = SHAKESPEARE
+    path = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dlm" / "tinyshakespeare.txt"
+    if not path.exists():
+        try:
+            data = urllib.request.urlopen(url, timeout=30).read()
+        except OSError as e:
+            raise UserError(f"--data shakespeare: no network ({e}); put the file at {path}, or use --data docs") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, lambda f: f.write(data))
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise UserError(f"--data shakespeare: {path} is not the expected file (checksum); delete it and run again")
+    return path.read_text(encoding="utf-8").splitlines(keepends=True)
+
+
+def arithmetic():
+    """All sums of two numbers below 100 as `07+85=092`, one chunk for a pair of operands with its commuted twin."""
+    line = "{:02d}+{:02d}={:03d}\n".format
+    return [line(i, j, i + j) + (line(j, i, i + j) if i != j else "") for i in range(100) for j in range(i, 100)]
+
+
+CORPORA = {"docs": docs, "shakespeare": shakespeare, "arithmetic": arithmetic}
+
+
+def split_corpus(name):
+    """name: a corpus or the path of a text file -> {"train", "val", "test": text}, 90 : 5 : 5, always the same split."""
+    if name in CORPORA:
+        pieces = CORPORA[name]()
+    else:
+        try:
+            pieces = Path(name).read_text(encoding="utf-8").splitlines(keepends=True)
+        except (OSError, UnicodeDecodeError) as e:
+            why = "is not UTF-8 text" if isinstance(e, UnicodeDecodeError) else f"cannot be read ({e.strerror})"
+            raise UserError(f"--data {name}: {why}; give a text file or one of {', '.join(CORPORA)}") from None
+    if name == "arithmetic":
+        chunks = pieces
+    else:
+        text = "".join(pieces)
+        cuts, end = [0], 0
+        for piece in pieces:  # cut at the first line end after each CHUNK characters, or where a line is longer, in it
+            end += len(piece)
+            while end - cuts[-1] >= CHUNK:
+                cuts.append(end if end - cuts[-1] < 2 * CHUNK else cuts[-1] + CHUNK)
+        chunks = [text[i:j] for i, j in zip(cuts, cuts[1:] + [len(text)]) if i < j]
+    if len(chunks) < 3:
+        raise UserError(f"--data {name}: too short ({sum(map(len, chunks))} characters); {3 * CHUNK} or more are needed")
+    random.Random(0).shuffle(chunks)
+    n = max(1, len(chunks) // 20)
+    return {"val": "".join(chunks[:n]), "test": "".join(chunks[n:2 * n]), "train": "".join(chunks[2 * n:])}
+
+
+def overlap(train, held, n=64):
+    """Share of the n-character windows of `held` that stand verbatim in `train`."""
+    seen = {train[i:i + n] for i in range(len(train) - n + 1)}
+    return sum(held[i:i + n] in seen for i in range(len(held) - n + 1)) / max(1, len(held) - n + 1)
+
+
+WORDS = r" ?\w+| ?[^\s\w]+|\s+"  # how BPE cuts text before it merges: no token spans two words
+
+
+def train_bpe(text, V):
+    """Byte-pair merges learned on `text` until there are V tokens -> list of V `bytes`, the rank of each its place.
+
+    Only unique words are kept, with their counts, and a merge touches only the words that contain its pair.
+    """
+    words = [[list(bytes([c]) for c in w.encode()), n] for w, n in Counter(re.findall(WORDS, text)).items()]
+    pairs, where = Counter(), defaultdict(set)
+    for k, (w, n) in enumerate(words):
+        for pair in zip(w, w[1:]):
+            pairs[pair] += n
+            where[pair].add(k)
+    tokens = [bytes([i]) for i in range(256)]
+    while len(tokens) < V and pairs:
+        best = max(pairs, key=lambda p: (pairs[p], p))
+        tokens.append(best[0] + best[1])
+        for k in where.pop(best):
+            w, n = words[k]
+            for pair in zip(w, w[1:]):
+                pairs[pair] -= n
+            merged, i = [], 0
+            while i < len(w):
+                hit = tuple(w[i:i + 2]) == best
+                merged.append(w[i] + w[i + 1] if hit else w[i])
+                i += 2 if hit else 1
+            words[k][0] = merged
+            for pair in zip(merged, merged[1:]):
+                pairs[pair] += n
+                where[pair].add(k)
+        pairs = +pairs  # drops what fell to zero
+    return tokens
+
+
+class Tokenizer:
+    """Text to ids and back. kind `char`: `pieces` are characters; `bpe`: pieces are byte strings; `gpt2`: tiktoken's."""
+
+    def __init__(self, kind, pieces=()):
+        self.kind, self.pieces = kind, list(pieces)
+        if kind == "char":
+            self.ids = {c: i for i, c in enumerate(self.pieces)}
+            self.V = len(self.pieces)
+        elif kind == "bpe":
+            ranks = {p.encode("latin-1"): i for i, p in enumerate(self.pieces)}
+            self.bpe = tiktoken.Encoding("dlm", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={})
+            self.V = len(self.pieces)
+        elif kind == "gpt2":
+            try:
+                self.bpe = tiktoken.get_encoding("gpt2")
+            except Exception as e:  # requests' errors are not tiktoken's to promise
+                raise UserError(f"--tokenizer gpt2: its vocabulary could not be downloaded ({type(e).__name__}); set "
+                                "TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer bpe") from None
+            self.V = self.bpe.n_vocab
+        else:
+            raise UserError(f"--tokenizer {kind}: unknown; use char, bpe, bpe:SIZE or gpt2")
+
+    @staticmethod
+    def train(spec, text):
+        """spec: `char`, `bpe` (1024 tokens), `bpe:SIZE` or `gpt2`; text: the training part of the corpus."""
+        kind, _, size = spec.partition(":")
+        if kind == "bpe":
+            if size and not (size.isdigit() and int(size) >= 256):
+                raise UserError(f"--tokenizer {spec}: the size is a number from 256 up")
+            return Tokenizer("bpe", [t.decode("latin-1") for t in train_bpe(text, int(size or 1024))])
+        return Tokenizer(spec, sorted(set(text)) if spec == "char" else ())
+
+    def encode(self, text, option="--data", unknown=None):
+        """Text -> ids (n,), int64. A character outside a `char` vocabulary is left out, or an error naming `option`."""
+        if self.kind != "char":
+            return torch.tensor(self.bpe.encode_ordinary(text), dtype=torch.long)
+        bad = sorted(set(text) - self.ids.keys())
+        if bad and unknown != "drop":
+            raise UserError(f"{option}: the model's vocabulary has no {' '.join(map(repr, bad[:5]))}; leave it out")
+        return torch.tensor([self.ids[c] for c in text if c in self.ids], dtype=torch.long)
+
+    def decode(self, ids):
+        ids = [int(i) for i in ids]
+        return "".join(self.pieces[i] for i in ids) if self.kind == "char" else self.bpe.decode(ids)
+
+    def state(self):
+        return {"kind": self.kind, "pieces": self.pieces}
+
+
+@dataclass
+class Text:
+    """A tokenised corpus: ids of each part, and what metrics files must say about it."""
+    name: str
+    tokenizer: Tokenizer
+    parts: dict             # "train", "val", "test" -> ids (n,)
+    words: set              # words of the training part
+    sha256: str             # of the whole text: `docs` differs between Python versions
+    chars_per_token: float  # on the test part, so nats per character = nats per token / this
+
+
+def load_text(name, tokenizer, L):
+    """Reads a corpus with a Tokenizer, or trains one on its training part if given a name. Needs L+1 tokens a part."""
+    texts = split_corpus(name)
+    if isinstance(tokenizer, str):
+        tokenizer = Tokenizer.train(tokenizer, texts["train"])
+    parts = {part: tokenizer.encode(text, unknown="drop") for part, text in texts.items()}
+    for part, ids in parts.items():
+        if len(ids) <= L:
+            raise UserError(f"--data {name}: too short, its {part} part has {len(ids)} tokens and --context is {L}")
+    sha256 = hashlib.sha256("\0".join(texts[p] for p in sorted(texts)).encode()).hexdigest()
+    return Text(name, tokenizer, parts, set(re.findall(r"\w+", texts["train"])), sha256,
+                len(texts["test"]) / len(parts["test"]))
+
+
+def windows(ids, B, L):
+    """B random windows of L tokens: (B, L)."""
+    start = torch.randint(len(ids) - L + 1, (B, 1), device=ids.device)
+    return ids[start + torch.arange(L, device=ids.device)]
+
+
+def consecutive(ids, L, limit=None):
+    """The text cut into consecutive windows: (n, L), n at most `limit`."""
+    return ids[:len(ids) // L * L].view(-1, L)[:limit]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The model: one Transformer; the block length b makes it teacher or student
+
+@dataclass
+class Config:
+    V: int              # vocabulary; [MASK] is one more *input* symbol, id V, and never an output
+    L: int = 64         # context in tokens
+    b: int = 1          # block length: 1 causal (AR), L bidirectional (denoiser), between them block diffusion
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    dropout: float = 0.0
+
+
+def slots(L, b, device=None):
+    """Input slots of one pass over a text: their positions (S,), and whether they carry clean or noisy tokens (S,).
+
+    b = 1      clean  [MASK] x_0 .. x_{L-2}            slot i holds x_{i-1} and is read as p(x_i | x_<i)
+    1 < b < L  clean  x_0 .. x_{last block}, then noisy z_0 .. z_{L-1}, where p(x_i | ...) is read at z_i
+    b = L      noisy  z_0 .. z_{L-1}                   no block is earlier than the last, so no clean slot is needed
+
+    The shift at b = 1 is the one special case: a block of one hidden token has nothing to say but its position,
+    so the clean stream can predict by itself, and [MASK] serves as beginning of text.
+    """
+    n_clean, n_noisy = (L, 0) if b == 1 else ((L - 1) // b * b, L)
+    pos = torch.cat([torch.arange(n_clean, device=device), torch.arange(n_noisy, device=device)])
+    return pos, torch.arange(len(pos), device=device) < n_clean
+
+
+def attends(pos_q, clean_q, pos_k, clean_k, b):
+    """The attention mask (Q, K): clean earlier blocks, and one's own block in one's own stream. [NEW] the flag b."""
+    block_q, block_k = pos_q[:, None] // b, pos_k // b
+    return (clean_k & (block_k < block_q)) | ((clean_q[:, None] == clean_k) & (block_k == block_q))
+
+
+def norm(h):
+    return F.rms_norm(h, (h.size(-1),))
+
+
+def rotate(x, rope):
+    """Rotary positions (2104.09864). x (B, H, T, D); rope (2, B or 1, 1, T, D/2): cosines and sines."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * rope[0] + x2 * rope[1], x2 * rope[0] - x1 * rope[1]], dim=-1).to(x.dtype)
+
+
+class Layer(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.n_head, self.dropout = c.n_head, c.dropout
+        self.qkv = nn.Linear(c.n_embd, 3 * c.n_embd, bias=False)
+        self.proj = nn.Linear(c.n_embd, c.n_embd, bias=False)
+        self.up = nn.Linear(c.n_embd, 4 * c.n_embd, bias=False)
+        self.down = nn.Linear(4 * c.n_embd, c.n_embd, bias=False)
+        nn.init.zeros_(self.proj.weight)  # each layer starts as the identity
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, h, rope, mask, past=None):
+        """h (B, T, d); mask (.., T, K), "causal" or None for all; past: keys and values (2, B, H, P, D), K = P + T."""
+        B, T, d = h.shape
+        q, k, v = self.qkv(norm(h)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k = rotate(norm(q), rope), rotate(norm(k), rope)  # QK-norm: lets the learning rate be high
+        kv = torch.stack([k, v])
+        if past is not None:
+            kv = torch.cat([past, kv], dim=3)
+        causal = isinstance(mask, str)
+        y = F.scaled_dot_product_attention(q, kv[0], kv[1], None if causal else mask, is_causal=causal)
+        h = h + F.dropout(self.proj(y.transpose(1, 2).reshape(B, T, d)), self.dropout, self.training)
+        y = self.down(F.relu(self.up(norm(h))).square())
+        return h + F.dropout(y, self.dropout, self.training), kv
+
+
+class Transformer(nn.Module):
+    """log p(x_i | the clean blocks left of i's block, the visible tokens of its own block), for any block length.
+
+    model(x, z) -> (B, L, V). x (B, L) clean tokens, z (B, L) the same with some hidden ([MASK] = V). At b = 1 z is not
+    read, at b = L x is not. What it says at visible tokens is never used: they are copied ("SUBS", MDLM 2406.07524).
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.c, self.V, self.L, self.b = c, c.V, c.L, c.b
+        self.embedding = nn.Embedding(c.V + 1, c.n_embd)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.n_layer))
+        self.head = nn.Linear(c.n_embd, c.V, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.zeros_(self.head.weight)
+        D = c.n_embd // c.n_head
+        angles = torch.arange(c.L)[:, None] / 10000 ** (torch.arange(0, D, 2) / D)
+        self.register_buffer("rope", torch.stack([angles.cos(), angles.sin()]), persistent=False)  # (2, L, D/2)
+
+    def run(self, e, pos, mask, past=None):
+        """Embeddings e (B, T, d) at positions pos (T,) or (B, T) -> log-probabilities (B, T, V), keys and values."""
+        h, new = norm(e), []
+        rope = self.rope[:, pos].view(2, -1, 1, e.size(1), self.rope.size(-1))
+        for i, layer in enumerate(self.layers):
+            h, kv = layer(h, rope, mask, None if past is None else past[i])
+            new.append(kv)
+        return F.log_softmax(self.head(norm(h)).float(), dim=-1), new
+
+    def forward(self, x, z):
+        L, b = x.size(1), self.b
+        pos, clean = slots(L, b, x.device)
+        if b == 1:
+            return self.run(self.embedding(self.shift(x)), pos, "causal")[0]
+        tokens = torch.cat([x[:, :len(pos) - L], z], dim=1)
+        mask = None if b >= L else attends(pos, clean, pos, clean, b)
+        return self.run(self.embedding(tokens), pos, mask)[0][:, -L:]
+
+    def shift(self, x):
+        return F.pad(x[:, :-1], (1, 0), value=self.V)  # (B, L): [MASK] x_0 .. x_{L-2}
+
+    # The next two serve decoding and scoring. `past` is a list over layers of (2, B, H, P, D).
+
+    def decode(self, x, z, start, stop, past):
+        """log p of tokens start..stop-1 (one block), given finished x[:, :start] -> (B, stop-start, V), new past.
+
+        `past` holds the clean slots that earlier calls ran (None at first); equal to the uncached model(x, z)."""
+        done = 0 if past is None else past[0].size(3)
+        pos = torch.arange(stop, device=x.device)
+        if self.b == 1:
+            new, n_noisy = self.shift(x[:, :stop])[:, done:], 0
+            pos_q, clean_q, pos_k, clean_k = pos[done:], pos[done:] >= 0, pos, pos >= 0
+        else:
+            new, n_noisy = torch.cat([x[:, done:start], z[:, start:stop]], dim=1), stop - start
+            pos_q, clean_q, pos_k, clean_k = pos[done:], pos[done:] < start, pos, pos < start
+        mask = attends(pos_q, clean_q, pos_k, clean_k, self.b)
+        logp, past = self.run(self.embedding(new), pos_q, mask, past)
+        return logp[:, start - stop:], [kv[:, :, :, :kv.size(3) - n_noisy] for kv in past]
+
+    def prefill(self, x):
+        """AR only: log p(x_i | x_<i) (B, L, V), and the past that `extend` continues."""
+        return self.run(self.embedding(self.shift(x)), torch.arange(x.size(1), device=x.device), "causal")
+
+    def extend(self, e, start, past, rows):
+        """AR only: puts other tokens, as embeddings e (R, W, d), after the text of `past` row rows[r] was cut off.
+
+        The first of them enters slot start[r] (R,): it is token start[r]-1. -> log p(x_{start+w} | ...) (R, W, V)."""
+        W, P = e.size(1), past[0].size(3)
+        w, p = torch.arange(W, device=e.device), torch.arange(P, device=e.device)
+        old = (p < start[:, None])[:, None, None, :].expand(-1, 1, W, P)
+        mask = torch.cat([old, (w <= w[:, None]).expand(len(start), 1, W, W)], dim=-1)
+        pos = (start[:, None] + w).clamp(max=self.L - 1)  # what runs past the end is ignored by the caller
+        return self.run(e, pos, mask, [kv[:, rows] for kv in past])[0]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Exact sources: hidden Markov chains that answer the same calls as a Transformer
+
+class HiddenMarkov(nn.Module):
+    """p(s_0) = start, p(s_{i+1}|s_i) = trans, p(x_i|s_i) = emit: every conditional is exact, by forward-backward.
+
+    source(x, z) -> log p(x_i | clean blocks left, visible tokens of the own block) (B, L, V): the true AR model at
+    b = 1, the true denoiser at b = L. So it stands in as teacher, student or judge; b is an attribute to set.
+    """
+
+    def __init__(self, start, trans, emit, L, b=1):
+        super().__init__()
+        self.start, self.trans, self.emit = (torch.as_tensor(a, dtype=torch.float64) for a in (start, trans, emit))
+        self.S, self.V = self.emit.shape
+        self.L, self.b, self.embedding = L, b, nn.Embedding.from_pretrained(torch.eye(self.V + 1).double()[:, :-1])
+
+    @staticmethod
+    def markov(V, L, seed=0, sharp=2.0):
+        """An ordinary Markov chain with random transitions; the larger `sharp`, the more neighbours share."""
+        g = torch.Generator().manual_seed(seed)
+        rows = (sharp * torch.randn(V + 1, V, generator=g)).softmax(-1)
+        return HiddenMarkov(rows[0], rows[1:], torch.eye(V), L)
+
+    @staticmethod
+    def branch(L, n=10):
+        """A uniform x_0; the rest of the row is x_0 again and again, or x_0 + n/2 (mod n) again and again."""
+        trans, v = torch.zeros(2 * n, 2 * n), torch.arange(n)          # states: the first letter, then the kept one
+        trans[v, n + v] = trans[v, n + (v + n // 2) % n] = 0.5
+        trans[n + v, n + v] = 1
+        start = torch.cat([torch.ones(n) / n, torch.zeros(n)])
+        return HiddenMarkov(start, trans, torch.eye(n).repeat(2, 1), L)
+
+    def forward(self, x, z):
+        L = x.size(1)
+        e, seen = self.embedding(x), z < self.V
+        clean = self.filter(e, self.start.expand(len(x), -1))[0]                 # p(s_i | x_<i)  (B, L, S)
+        noisy = torch.where(seen[..., None], self.embedding(z) @ self.emit.T, 1.0)
+        ahead, state, out = torch.ones_like(clean), None, []
+        for i in range(L - 2, -1, -1):                                            # what the block's right part says
+            if (i + 1) % self.b:
+                a = (ahead[:, i + 1] * noisy[:, i + 1]) @ self.trans.T
+                ahead[:, i] = a / a.sum(-1, keepdim=True).clamp(min=1e-300)
+        for i in range(L):                                                        # and its left part
+            state = clean[:, i] if i % self.b == 0 else (state * noisy[:, i - 1]) @ self.trans
+            state = state / state.sum(-1, keepdim=True).clamp(min=1e-300)
+            out.append((state * ahead[:, i]) @ self.emit)
+        p = torch.stack(out, 1)
+        total = p.sum(-1, keepdim=True)
+        return torch.where(total > 0, p / total, 1 / self.V).log()                # what cannot be says nothing: uniform
+
+    def filter(self, e, state):
+        """Tokens e (B, T, V) from the state before them (B, S) -> p(s) before each (B, T, S), and after the last."""
+        states = []
+        for i in range(e.size(1)):
+            states.append(state)
+            state = (state * (e[:, i] @ self.emit.T)) @ self.trans
+            state = state / state.sum(-1, keepdim=True).clamp(min=1e-300)
+        return torch.stack(states, 1), state
+
+    def decode(self, x, z, start, stop, past):
+        return self(x, z)[:, start:stop], None
+
+    def prefill(self, x):
+        past = self.filter(self.embedding(x), self.start.expand(len(x), -1))[0]
+        return (past @ self.emit).log(), past
+
+    def extend(self, e, start, past, rows):
+        states, last = self.filter(e, past[rows, start - 1])
+        p = torch.cat([states[:, 1:], last[:, None]], 1) @ self.emit
+        return (p / p.sum(-1, keepdim=True).clamp(min=1e-300)).log()
+
+    def log_prob(self, x):
+        """Exact log-likelihood of whole texts x (B, L): (B,), nats."""
+        return self.prefill(x)[0].gather(2, x[..., None]).sum((1, 2))
+
+    def draw(self, B, generator=None):
+        """B texts from the source: (B, L)."""
+        s = torch.multinomial(self.start.expand(B, -1), 1, generator=generator)[:, 0]
+        x = []
+        for _ in range(self.L):
+            x.append(torch.multinomial(self.emit[s], 1, generator=generator)[:, 0])
+            s = torch.multinomial(self.trans[s], 1, generator=generator)[:, 0]
+        return torch.stack(x, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# States and targets: what to hide, what to aim at, and the one loss
+
+def hide(x, b, mask, n_hidden=None):
+    """Masked data: in each block of b tokens hide a random m-subset, m uniform on 1..block length. -> z (B, L).
+
+    Stratified: the m of one block's column spread evenly over the batch. At b = 1 everything is hidden. `n_hidden` (B,)
+    fixes m for b = L. This is MDLM's bound without the 1/t (2406.03736 eq. 3.3): see `weights`."""
+    B, L = x.shape
+    n = -(-L // b)                                                                 # blocks; the last may be shorter
+    size = (L - b * torch.arange(n, device=x.device)).clamp(max=b)                 # (n,)
+    order = torch.rand(B, n, device=x.device).argsort(0)                           # one permutation a column
+    m = ((order + torch.rand(n, device=x.device)) / B * size).long().clamp(max=size - 1) + 1   # (B, n)
+    if n_hidden is not None:
+        m = n_hidden[:, None]
+    noise = F.pad(torch.rand(B, L, device=x.device), (0, n * b - L), value=2.0).view(B, n, b)
+    hidden = noise.argsort(-1).argsort(-1) < m[..., None]                          # rank of each token's noise < m
+    return torch.where(hidden.view(B, -1)[:, :L], mask, x)
+
+
+def weights(hidden, b):
+    """Weight of each hidden token (B, L): block length / hidden in its block / L. Summed over a text: nats per token."""
+    B, L = hidden.shape
+    h = F.pad(hidden.float(), (0, -L % b)).view(B, -1, b)
+    size = (L - b * torch.arange(h.size(1), device=h.device)).clamp(max=b)[:, None]
+    return (h * size / h.sum(-1, keepdim=True).clamp(min=1) / L).view(B, -1)[:, :L]
+
+
+def divergence(p, log_q, kind="forward"):
+    """D(target p || student q) over the last axis. p (.., V) probabilities, log_q (.., V) log-probabilities -> (..), nats.
+
+    forward: sum p log(p/q), covers all that p does; reverse: sum q log(q/p), infinite where p = 0 < q;
+    tvd: half the absolute difference; mse: the squared difference of probabilities. With p one-hot and `forward`
+    it is the cross-entropy."""
+    if kind == "forward":
+        return torch.xlogy(p, p).sum(-1) - (p * log_q.clamp(min=-1e4)).sum(-1)
+    q = log_q.exp()
+    if kind == "reverse":
+        return (torch.xlogy(q, q) - torch.xlogy(q, p)).sum(-1)
+    if kind == "tvd":
+        return 0.5 * (p - q).abs().sum(-1)
+    if kind == "mse":
+        return (p - q).square().sum(-1)
+    raise UserError(f"--divergence {kind}: unknown; use forward, reverse, tvd or mse")
+
+
+def loss(student, x, z, target, kind="forward"):
+    """The one loss. x, z (B, L): the text and the state; target (B, L, V) -> scalar, nats per token.
+
+    With a one-hot target and z = hide(x, b) it estimates the negative log-likelihood bound without bias; at b = 1 it is
+    the AR model's exact negative log-likelihood."""
+    w = weights(z == student.V, student.b)
+    return (w * divergence(target, student(x, z), kind)).sum(1).mean()
+
+
+def one_hot(x, z, V):
+    """Target of plain masked diffusion: the text itself. (B, L, V)"""
+    return F.one_hot(x, V).float()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# TCS: the teacher's target concrete score (OpenReview xfw92pDy2u; TCSM, 2504.16431)
+#
+# The score of changing x_i into v, normalised over v, is c_i(v) = p_T(v | x_<i, rest of i's block)
+#                                                        ∝ p_T(v | x_<i) · p_T(rest of the block | x_<i, v).
+
+ESTIMATORS = {            # candidates by: the prefix, or prefix and gradient   K   scored exactly?
+    "exact":     dict(by="prefix", K=None, rescore=True),
+    "topk":      dict(by="prefix", K=8, rescore=True),
+    "grad+topk": dict(by="grad", K=8, rescore=True),
+    "grad":      dict(by="grad", K=None, rescore=False),
+    "prefix":    dict(by="prefix", K=None, rescore=False),   # the causal head alone: a biased shortcut, a control
+}
+
+
+def suffix_log_prob(teacher, x, past, pos, cand, b, budget=16384):
+    """log p_T(x_{i+1} .. end of i's block | x_<i, x_i = v). pos (B, M), candidates v (B, M, K) -> (B, M, K), nats.
+
+    All substitutions are rows of one batch that continue the cached prefix; rows are sorted by suffix length
+    and run in chunks of about `budget` slots, for memory."""
+    B, L = x.shape
+    M, K = cand.shape[1:]
+    row = torch.arange(B, device=x.device)[:, None].expand(B, M).reshape(-1)
+    i, cand = pos.reshape(-1), cand.reshape(-1, K)
+    W = (torch.minimum((i // b + 1) * b, torch.tensor(L, device=x.device)) - i - 1)      # suffix lengths (B*M,)
+    order = W.argsort()
+    out = torch.zeros(cand.shape, device=x.device, dtype=past[0].dtype)
+    while len(order):
+        w = int(W[order[-1]])                                                            # the longest one left
+        chunk, order = order.tensor_split([max(0, len(order) - max(1, budget // (K * max(w, 1))))])[::-1]
+        if w == 0:
+            break                                                                        # nothing follows i
+        j = i[chunk, None] + torch.arange(w, device=x.device)                            # (R, w): i .. i+w-1
+        text = x[row[chunk, None], torch.minimum(j, torch.tensor(L - 1))]
+        tokens = text[:, None, :].repeat(1, K, 1)
+        tokens[:, :, 0] = cand[chunk]
+        after = x[row[chunk, None], (j + 1).clamp(max=L - 1)]                            # what each slot should say
+        logp = teacher.extend(teacher.embedding(tokens.view(-1, w)), (i[chunk] + 1).repeat_interleave(K), past,
+                              row[chunk].repeat_interleave(K)).view(len(chunk), K, w, -1)
+        said = logp.gather(3, after[:, None, :, None].expand(-1, K, -1, -1))[..., 0]     # (R, K, w)
+        keep = torch.arange(w, device=x.device) < W[chunk, None]
+        out[chunk] = torch.where(keep[:, None], said, 0.0).sum(-1).to(out.dtype)
+    return out.view(B, M, K)
+
+
+def suffix_gradient(teacher, x, past, b):
+    """∇_{e_i} log p_T(rest of i's block | x_<=i) for every i: (B, L, d). One forward and one backward.
+
+    e_i is token i's embedding where it enters, slot i+1. Each block's tokens but the last are run again as a text that
+    continues the cached, detached prefix: so nothing flows through earlier blocks or a block's first prediction."""
+    B, L = x.shape
+    n, w = -(-L // b), min(b, L) - 1
+    if w == 0:
+        return torch.zeros(B, L, teacher.embedding.weight.size(1), device=x.device, dtype=teacher.embedding.weight.dtype)
+    first = b * torch.arange(n, device=x.device)
+    j = first[:, None] + torch.arange(w, device=x.device)                                # (n, w): inputs of each block
+    inside = (j + 1 < L) & (j >= 0)
+    tokens = x[:, j.clamp(max=L - 1)].view(B * n, w)
+    after = x[:, (j + 1).clamp(max=L - 1)].view(B * n, w)
+    with torch.enable_grad():
+        e = teacher.embedding(tokens).detach().requires_grad_()
+        logp = teacher.extend(e, (first + 1).repeat(B), [kv.detach() for kv in past] if isinstance(past, list) else past,
+                              torch.arange(B, device=x.device).repeat_interleave(n))
+        said = logp.gather(2, after[..., None])[..., 0] * inside.repeat(B, 1)
+        g = torch.autograd.grad(said.sum(), e)[0].view(B, n, w, -1)
+    return F.pad(g, (0, 0, 0, b - w)).view(B, n * b, -1)[:, :L]
+
+
+@torch.no_grad()
+def concrete_score(teacher, x, pos, b, by="prefix", K=None, rescore=True):
+    """The estimators of c_i, one function: log c_i(v) at positions pos (B, M) -> (B, M, V), normalised over v.
+
+    Candidates are the K most likely by `prefix`, p_T(v|x_<i), or by `grad`, which adds the first-order change of the
+    suffix <∇_{e_i} log p_T(suffix), E_v - E_{x_i}>; then scored exactly unless `rescore` is off. Where x_i is not a
+    candidate the result is one-hot x_i: then the mean over x ~ p_T(x|z) is p_T(x_i|z) for every K ("prefix")."""
+    B, L = x.shape
+    prior, past = teacher.prefill(x)
+    rows = torch.arange(B, device=x.device)[:, None]
+    score = prior[rows, pos]                                                             # (B, M, V)
+    if by == "grad":
+        E, g = teacher.embedding.weight[:teacher.V], suffix_gradient(teacher, x, past, b)[rows, pos]
+        score = score + g @ E.T - (g * E[x[rows, pos]]).sum(-1, keepdim=True)
+    if not rescore:
+        return score.log_softmax(-1)
+    cand = score.topk(min(K or teacher.V, teacher.V), dim=-1).indices                    # (B, M, K)
+    exact = prior[rows, pos].gather(-1, cand) + suffix_log_prob(teacher, x, past, pos, cand, b).to(prior.dtype)
+    log_c = torch.full_like(score, -math.inf).scatter(-1, cand, exact.log_softmax(-1))
+    x_i = F.one_hot(x[rows, pos], teacher.V).bool()
+    missed = ~(cand == x[rows, pos][..., None]).any(-1, keepdim=True)
+    return torch.where(missed, torch.where(x_i, 0.0, -math.inf), log_c)
+
+
+def tcs(teacher, x, z, b, estimator="topk", M=8):
+    """Target of TCS: c_i at M random hidden tokens of each text, one-hot x_i at the rest. (B, L, V)
+
+    Estimators that need no scoring (`grad`, `prefix`) are used at every token."""
+    choose = ESTIMATORS[estimator]
+    B, L = x.shape
+    if choose["rescore"]:
+        pos = (torch.rand(x.shape, device=x.device) + (z == teacher.V)).topk(min(M, L), dim=1).indices
+    else:
+        pos = torch.arange(L, device=x.device).expand(B, L)
+    c = concrete_score(teacher, x, pos, b, **choose).exp().float()
+    return one_hot(x, z, teacher.V).scatter(1, pos[..., None].expand(-1, -1, teacher.V), c)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The sampler
+
+def draw(p, u):
+    """Inverse-CDF draw from p (.., V) with uniforms u (..). In float64: float32 Gumbel noise is biased (2409.02908)."""
+    c = (p if p.device.type == "mps" else p.double()).cumsum(-1)
+    return torch.searchsorted(c, (u.to(c) * c[..., -1])[..., None], right=True)[..., 0].clamp(max=p.size(-1) - 1)
+
+
+ORDERS = ("ancestral", "confidence")
+
+
+@torch.no_grad()
+def sample(model, z, steps, order="ancestral", temperature=1.0):
+    """Fills the hidden tokens of z (B, L), block by block, each block in `steps` steps; yields the state after each.
+
+    ancestral: each hidden token is revealed with probability (t-s)/t, in other words at a uniform one of the steps;
+    confidence: the surest (most likely arg max) first, equally many a step. All of a step's tokens are drawn in parallel
+    from their own marginals. Given tokens never change; those right of a block are seen only at b = L. An AR model
+    (b = 1) has one token a block: steps=1 is ordinary generation. temperature 0 takes the arg max."""
+    if order not in ORDERS:
+        raise UserError(f"--order {order}: unknown; use {' or '.join(ORDERS)}")
+    if z.size(1) > model.L:
+        raise UserError(f"--length {z.size(1)}: longer than the model's context of {model.L}")
+    z = z.clone()
+    B, L = z.shape
+    u, when = torch.rand(B, L, device=z.device), (torch.rand(B, L, device=z.device) * steps).long()
+    past, b = None, model.b
+    yield z.clone()
+    for start in range(0, L, b):
+        stop = min(start + b, L)
+        hidden = z[:, start:stop] == model.V
+        total = hidden.sum(1, keepdim=True)
+        for n in range(steps):
+            reveal = hidden & (when[:, start:stop] == n) if order == "ancestral" else hidden
+            if reveal.any():                                     # else nothing changes: the network need not run
+                logp, past = model.decode(z, z, start, stop, past)
+                if order == "confidence":
+                    sure = logp.amax(-1).masked_fill(~hidden, -math.inf)
+                    rank = sure.argsort(-1, descending=True).argsort(-1)
+                    upto = (total * (n + 1) + steps - 1) // steps            # revealed after this step, of `total`
+                    reveal = hidden & (rank < upto - (total - hidden.sum(1, keepdim=True)))
+                x = logp.argmax(-1) if temperature == 0 else draw((logp / temperature).softmax(-1), u[:, start:stop])
+                z[:, start:stop] = torch.where(reveal, x, z[:, start:stop])
+                hidden = hidden & ~reveal
+            yield z.clone()
+
+
+def generate(model, B, steps=1, given=None, **how):
+    """The last state of `sample`: B texts (B, L). given (B, L) or (L,): tokens to keep, [MASK] where to write."""
+    z = torch.full((B, model.L), model.V, device=model.embedding.weight.device)
+    if given is not None:
+        z = given.expand(B, -1)
+    for z in sample(model, z, steps, **how):
+        pass
+    return z
+
+
+def unseen(z, model):
+    """Whether some given token right of a hidden block will not be seen when that block is written (b < L)."""
+    hidden, given = z == model.V, z < model.V
+    block = torch.arange(z.size(1), device=z.device) // model.b
+    first = torch.where(hidden, block, len(block)).amin(1)
+    return bool((torch.where(given, block, -1).amax(1) > first).any())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Judging
+
+@contextlib.contextmanager
+def seeded(seed):
+    """Inside, random numbers follow `seed`; outside, they go on as if nothing had been drawn."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+@torch.no_grad()
+def bound(model, x, repeats=1, seed=0):
+    """Negative log-likelihood bound of texts x (n, L): mean and standard error, nats per token; exact at b = 1.
+
+    Mean over `repeats` states a text, the same states for every model of this b."""
+    training = model.training
+    model.eval()
+    with seeded(seed):
+        each = torch.cat([sum(text_bound(model, c, hide(c, model.b, model.V)) for _ in range(repeats)) / repeats
+                          for c in x.split(128)])
+    model.train(training)
+    return each.mean().item(), (each.std() / len(each) ** 0.5).item()
+
+
+def text_bound(model, x, z):
+    """One state's estimate for each text: (B,)."""
+    nll = -model(x, z).gather(2, x[..., None])[..., 0]
+    return (weights(z == model.V, model.b) * nll).sum(1)
+
+
+def entropy(x, n=1):
+    """Entropy of the n-grams of texts x (B, L), pooled: nats. Beside every generative NLL, which repetition lowers."""
+    counts = x.unfold(1, n, 1).reshape(-1, n).unique(dim=0, return_counts=True)[1].double()
+    return torch.special.entr(counts / counts.sum()).sum().item()
+
+
+def known_words(texts, words):
+    """Share of the whole words in `texts` (strings; the first and last may be cut and do not count) that are in `words`."""
+    found = [w for t in texts for w in re.findall(r"\w+", t)[1:-1]]
+    return sum(w in words for w in found) / max(1, len(found))
+
+
+def judge_samples(judge, x, text):
+    """What is said of generated tokens x (B, L): NLL under an AR judge, entropies, share of known words."""
+    return {"judge_nll": bound(judge, x)[0], "entropy": entropy(x), "bigram_entropy": entropy(x, 2),
+            "known_words": known_words([text.tokenizer.decode(t) for t in x], text.words)}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Training
+
+def orthogonalise(G, steps=5):
+    """Newton-Schulz: G (n, r, c) -> nearly U V^T of its singular value decomposition, (n, r, c).
+
+    The quintic of Muon (kellerjordan.github.io/posts/muon), iterated on the smaller Gram matrix and in float32: here that
+    is about fifty times faster on a CPU than torch.optim.Muon, which works in bfloat16."""
+    wide = G.size(1) <= G.size(2)
+    A = G @ G.mT if wide else G.mT @ G
+    size = A.diagonal(dim1=1, dim2=2).sum(-1)[:, None, None] + 1e-14
+    A, Q = A / size, torch.eye(A.size(1), device=G.device).expand_as(A)
+    for _ in range(steps):
+        P = 3.4445 * torch.eye(A.size(1), device=G.device) - 4.7750 * A + 2.0315 * A @ A
+        Q, A = Q @ P, P @ A @ P
+    Q = Q / size.sqrt()
+    return Q @ G if wide else G @ Q
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix updates are orthogonalised, scaled to AdamW's usual size. For 2-D weights inside layers."""
+
+    def __init__(self, params, lr, momentum=0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            alike = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    m.lerp_(p.grad, 1 - group["momentum"])
+                    alike[p.shape].append((p, p.grad.lerp(m, group["momentum"])))
+            for shape, pairs in alike.items():
+                for (p, _), update in zip(pairs, orthogonalise(torch.stack([g for _, g in pairs]))):
+                    p.add_(update, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
+
+
+class Trainer:
+    """The one loop, and all that a resumed run needs to equal an uninterrupted one."""
+
+    ADAM = 0.15   # AdamW's learning rate for embedding and head, as a share of Muon's
+    EMA = 0.99    # evaluation and later teachers use averaged weights
+
+    def __init__(self, model, steps, lr):
+        self.model, self.steps, self.step, self.seconds = model, steps, 0, 0.0
+        ends = [model.embedding.weight, model.head.weight]
+        fused = ends[0].device.type in ("cpu", "cuda")
+        self.optimizers = [Muon(model.layers.parameters(), lr),
+                           torch.optim.AdamW(ends, lr * self.ADAM, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)]
+        self.rates = [lr, lr * self.ADAM]
+        self.ema = {k: v.clone() for k, v in model.state_dict().items()}
+        self.best, self.history = None, []     # [step, seconds, training loss, validation bound]
+
+    def state(self):
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        return {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
+                "ema": self.ema, "best": self.best, "history": self.history, "step": self.step,
+                "seconds": self.seconds, "rng": torch.get_rng_state(), "cuda_rng": cuda}
+
+    def load(self, state):
+        self.model.load_state_dict(state["model"])
+        for o, s in zip(self.optimizers, state["optimizers"]):
+            o.load_state_dict(s)
+        for k in ("ema", "best", "history", "step", "seconds"):
+            setattr(self, k, state[k])
+        torch.set_rng_state(state["rng"].cpu())
+        if state["cuda_rng"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+
+    def averaged(self):
+        """A copy of the model with the averaged weights that did best on validation."""
+        model = Transformer(self.model.c).to(self.model.embedding.weight.device)
+        model.load_state_dict(self.best or self.ema)
+        return model.eval()
+
+    def update(self, batch_loss):
+        """One step: warm-up over a tenth, then constant, then a linear decay to zero over the last 60%."""
+        left = (self.steps - self.step) / self.steps
+        rate = min(1, (self.step + 1) / min(100, max(1, self.steps / 10)), left / 0.6)
+        for o, lr in zip(self.optimizers, self.rates):
+            o.param_groups[0]["lr"] = lr * rate
+        cuda = self.model.embedding.weight.is_cuda
+        with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+            value = batch_loss()
+        value.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for o in self.optimizers:
+            o.step()
+            o.zero_grad(set_to_none=True)
+        decay = min(self.EMA, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.ema.values()), list(self.model.state_dict().values()), 1 - decay)
+        self.step += 1
+        return value.detach()
+
+    def estimate(self, batch_loss):
+        """Seconds that the steps left will take, from two tries that leave no trace."""
+        with seeded(0):
+            for _ in range(2):
+                start = time.time()
+                float(batch_loss().backward() or 0)
+        self.model.zero_grad(set_to_none=True)
+        return (time.time() - start) * (self.steps - self.step)
+
+    def fit(self, batch_loss, val, save, name, evaluations=10):
+        """Trains to the last step. batch_loss() draws a batch and returns its loss; val (n, L) chooses the weights;
+        save() is called after every evaluation and on Ctrl-C, which is honoured between two steps."""
+        print(f"{name}: about {self.estimate(batch_loss) / 60:.1f} minutes", flush=True)
+        every, loss_sum, interrupted = max(1, self.steps // evaluations), 0.0, []
+        bar = tqdm(total=self.steps, initial=self.step, desc=name, unit="step", mininterval=0.5, disable=None)
+        before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+        start, self.model = time.time() - self.seconds, self.model.train()
+        try:
+            while self.step < self.steps:
+                loss_sum = loss_sum + self.update(batch_loss)
+                bar.update()
+                if self.step % every == 0 or self.step == self.steps:
+                    n = self.step % every or every
+                    ema = Transformer(self.model.c).to(self.model.embedding.weight.device)
+                    ema.load_state_dict(self.ema)
+                    value = bound(ema, val)[0]
+                    self.seconds = time.time() - start
+                    if not self.history or value < min(h[3] for h in self.history):
+                        self.best = {k: v.clone() for k, v in self.ema.items()}
+                    self.history.append([self.step, self.seconds, float(loss_sum) / n, value])
+                    bar.set_postfix_str(f"loss {float(loss_sum) / n:.3f} val {value:.3f}")
+                    loss_sum = 0.0
+                    save()
+                if interrupted:
+                    self.seconds = time.time() - start
+                    save()
+                    raise KeyboardInterrupt
+        finally:
+            bar.close()
+            signal.signal(signal.SIGINT, before)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Files and command lines
+
+FORMAT = "dlm checkpoint 1"
+
+
+def replace_file(path, write):
+    """Writes a file whole or not at all: write(f) fills a temporary one beside it, which then takes its place."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"--out: cannot write {path} ({e.strerror}); free some space or name another folder") from None
+
+
+def save(path, model, tokenizer, options, trainer=None, weights=None):
+    """A checkpoint that needs nothing else: config, tokenizer, weights, options, and with a Trainer all its state."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, "config": dataclasses.asdict(model.c), "tokenizer": tokenizer.state(),
+                "weights": weights or model.state_dict(), "options": options,
+                "trainer": trainer and trainer.state()}, buffer)
+    replace_file(path, lambda f: f.write(buffer.getbuffer()))
+
+
+def load(path, option, device="cpu"):
+    """-> model in eval mode (with `weights`), tokenizer, the whole checkpoint. A folder stands for its checkpoint.pt."""
+    path = Path(path)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f"{option} {path}: there is no such checkpoint; train one with train_teacher.py or distill.py")
+    try:
+        ckpt = torch.load(path, map_location=device, weights_only=True)
+    except Exception:  # a broken file can fail in many ways inside torch.load
+        raise UserError(f"{option} {path}: corrupt, or not a checkpoint; delete it or name another") from None
+    if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
+        raise UserError(f"{option} {path}: not a checkpoint of this program")
+    model = Transformer(Config(**ckpt["config"])).to(device)
+    model.load_state_dict(ckpt["weights"])
+    return model.eval(), Tokenizer(**ckpt["tokenizer"]), ckpt
+
+
+def write_json(path, data):
+    replace_file(path, lambda f: f.write(json.dumps(data, indent=1).encode()))
+
+
+def versions():
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def pick_device(name):
+    """auto takes CUDA, then Apple's MPS, then the CPU."""
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(d for d in have if have[d])
+    if not have.get(name, False):
+        raise UserError(f"--device {name}: not to be had here; use {', '.join(d for d in have if have[d])} or auto")
+    return name
+
+
+def option(default, help, choices=None, at_least=None):
+    """A field of a script's config: the command line and --help are made from it."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "at_least": at_least})
+
+
+def parse(cls, argv=None, doc=None):
+    """The command line for a dataclass of options; every error is one line and exit code 2."""
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UserError(message)
+
+    p = Parser(description=doc, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for f in dataclasses.fields(cls):
+        kind = type(f.default)
+        extra = {"action": "store_true"} if kind is bool else {"type": kind, "choices": f.metadata["choices"]}
+        p.add_argument("--" + f.name, default=f.default, help=f.metadata["help"], **extra)
+    o = cls(**vars(p.parse_args(argv)))
+    for f in dataclasses.fields(cls):
+        low, value = f.metadata["at_least"], getattr(o, f.name)
+        if low is not None and not (low <= value < math.inf):
+            raise UserError(f"--{f.name} {value}: must be {low} or more")
+    return o
+
+
+def run_script(main, argv=None):
+    """Runs main(argv) and turns what the user can mend into one line and exit code 2, Ctrl-C into 130."""
+    try:
+        main(argv)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
