@@ -336,7 +336,7 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers):
             h, kv = layer(h, rope, mask, None if past is None else past[i])
             new.append(kv)
-        return F.log_softmax(self.head(norm(h)).float(), dim=-1), new
+        return F.log_softmax(self.head(norm(h)), dim=-1), new   # float32 also under autocast
 
     def forward(self, x, z):
         L, b = x.size(1), self.b
@@ -373,15 +373,16 @@ class Transformer(nn.Module):
         return self.run(self.embedding(self.shift(x)), torch.arange(x.size(1), device=x.device), "causal")
 
     def extend(self, e, start, past, rows):
-        """AR only: puts other tokens, as embeddings e (R, W, d), after the text of `past` row rows[r] was cut off.
+        """AR only: G other continuations e (R, G, W, d), as embeddings, of the text of `past` row rows[r], cut at start[r].
 
-        The first of them enters slot start[r] (R,): it is token start[r]-1. -> log p(x_{start+w} | ...) (R, W, V)."""
-        W, P = e.size(1), past[0].size(3)
-        w, p = torch.arange(W, device=e.device), torch.arange(P, device=e.device)
-        old = (p < start[:, None])[:, None, None, :].expand(-1, 1, W, P)
-        mask = torch.cat([old, (w <= w[:, None]).expand(len(start), 1, W, W)], dim=-1)
-        pos = (start[:, None] + w).clamp(max=self.L - 1)  # what runs past the end is ignored by the caller
-        return self.run(e, pos, mask, [kv[:, rows] for kv in past])[0]
+        Their first token enters slot start[r] (R,): it is token start[r]-1. -> log p(x_{start+w} | ..) (R, G, W, V)."""
+        R, G, W, d = e.shape
+        w, p = torch.arange(W, device=e.device), torch.arange(past[0].size(3), device=e.device)
+        old = (p < start[:, None])[:, None, None, :].expand(-1, 1, G * W, -1)
+        own = torch.block_diag(*[(w <= w[:, None])] * G).expand(R, 1, -1, -1)        # continuations do not see each other
+        pos = (start[:, None] + w).clamp(max=self.L - 1).repeat(1, G)                # past the end: the caller's to ignore
+        logp, _ = self.run(e.view(R, G * W, d), pos, torch.cat([old, own], dim=-1), [kv[:, rows] for kv in past])
+        return logp.view(R, G, W, -1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -404,7 +405,7 @@ class HiddenMarkov(nn.Module):
     def markov(V, L, seed=0, sharp=2.0):
         """An ordinary Markov chain with random transitions; the larger `sharp`, the more neighbours share."""
         g = torch.Generator().manual_seed(seed)
-        rows = (sharp * torch.randn(V + 1, V, generator=g)).softmax(-1)
+        rows = (sharp * torch.randn(V + 1, V, generator=g, dtype=torch.float64)).softmax(-1)
         return HiddenMarkov(rows[0], rows[1:], torch.eye(V), L)
 
     @staticmethod
@@ -451,9 +452,10 @@ class HiddenMarkov(nn.Module):
         return (past @ self.emit).log(), past
 
     def extend(self, e, start, past, rows):
-        states, last = self.filter(e, past[rows, start - 1])
+        state = past[rows, start - 1].repeat_interleave(e.size(1), 0)
+        states, last = self.filter(e.flatten(0, 1), state)
         p = torch.cat([states[:, 1:], last[:, None]], 1) @ self.emit
-        return (p / p.sum(-1, keepdim=True).clamp(min=1e-300)).log()
+        return (p / p.sum(-1, keepdim=True).clamp(min=1e-300)).log().view(e.shape)
 
     def log_prob(self, x):
         """Exact log-likelihood of whole texts x (B, L): (B,), nats."""
@@ -547,30 +549,25 @@ ESTIMATORS = {            # candidates by: the prefix, or prefix and gradient   
 def suffix_log_prob(teacher, x, past, pos, cand, b, budget=16384):
     """log p_T(x_{i+1} .. end of i's block | x_<i, x_i = v). pos (B, M), candidates v (B, M, K) -> (B, M, K), nats.
 
-    All substitutions are rows of one batch that continue the cached prefix; rows are sorted by suffix length
-    and run in chunks of about `budget` slots, for memory."""
-    B, L = x.shape
-    M, K = cand.shape[1:]
-    row = torch.arange(B, device=x.device)[:, None].expand(B, M).reshape(-1)
-    i, cand = pos.reshape(-1), cand.reshape(-1, K)
-    W = (torch.minimum((i // b + 1) * b, torch.tensor(L, device=x.device)) - i - 1)      # suffix lengths (B*M,)
-    order = W.argsort()
-    out = torch.zeros(cand.shape, device=x.device, dtype=past[0].dtype)
-    while len(order):
-        w = int(W[order[-1]])                                                            # the longest one left
-        chunk, order = order.tensor_split([max(0, len(order) - max(1, budget // (K * max(w, 1))))])[::-1]
-        if w == 0:
-            break                                                                        # nothing follows i
-        j = i[chunk, None] + torch.arange(w, device=x.device)                            # (R, w): i .. i+w-1
-        text = x[row[chunk, None], torch.minimum(j, torch.tensor(L - 1))]
-        tokens = text[:, None, :].repeat(1, K, 1)
-        tokens[:, :, 0] = cand[chunk]
-        after = x[row[chunk, None], (j + 1).clamp(max=L - 1)]                            # what each slot should say
-        logp = teacher.extend(teacher.embedding(tokens.view(-1, w)), (i[chunk] + 1).repeat_interleave(K), past,
-                              row[chunk].repeat_interleave(K)).view(len(chunk), K, w, -1)
-        said = logp.gather(3, after[:, None, :, None].expand(-1, K, -1, -1))[..., 0]     # (R, K, w)
-        keep = torch.arange(w, device=x.device) < W[chunk, None]
-        out[chunk] = torch.where(keep[:, None], said, 0.0).sum(-1).to(out.dtype)
+    The substitutions at one position continue the same cached prefix, G at a time. Positions are sorted by the length
+    of their suffix and run in chunks of about `budget` slots, for memory."""
+    (B, L), (M, K) = x.shape, cand.shape[1:]
+    row, i = torch.arange(B, device=x.device).repeat_interleave(M), pos.reshape(-1)      # (B*M,)
+    length = ((i // b + 1) * b).clamp(max=L) - i - 1                                     # of the suffix
+    order = length.argsort()
+    out = torch.zeros(B * M, K, device=x.device, dtype=past[0].dtype)
+    while len(order) and (W := int(length[order[-1]])):                                  # the longest one left
+        order, chunk = order.tensor_split([max(0, len(order) - max(1, budget // (K * W)))])
+        G, j = max(1, min(K, 64 // W)), i[chunk, None] + torch.arange(W + 1, device=x.device)
+        text = x[row[chunk, None], j.clamp(max=L - 1)]                                   # (R, W+1): x_i .. x_{i+W}
+        v = F.pad(cand.view(-1, K)[chunk], (0, -K % G)).view(-1, G, 1)                   # (R * K/G, G, 1)
+        n = len(v) // len(chunk)
+        tokens = torch.cat([v, text[:, None, 1:-1].repeat(1, n * G, 1).view(len(v), G, W - 1)], dim=2)
+        logp = teacher.extend(teacher.embedding(tokens), (i[chunk] + 1).repeat_interleave(n), past,
+                              row[chunk].repeat_interleave(n)).view(len(chunk), n * G, W, -1)[:, :K]
+        said = logp.gather(3, text[:, None, 1:, None].expand(-1, K, -1, -1))[..., 0]     # (R, K, W)
+        inside = torch.arange(W, device=x.device) < length[chunk, None, None]
+        out[chunk] = (said * inside).sum(-1).to(out.dtype)
     return out.view(B, M, K)
 
 
@@ -589,10 +586,9 @@ def suffix_gradient(teacher, x, past, b):
     tokens = x[:, j.clamp(max=L - 1)].view(B * n, w)
     after = x[:, (j + 1).clamp(max=L - 1)].view(B * n, w)
     with torch.enable_grad():
-        e = teacher.embedding(tokens).detach().requires_grad_()
-        logp = teacher.extend(e, (first + 1).repeat(B), [kv.detach() for kv in past] if isinstance(past, list) else past,
-                              torch.arange(B, device=x.device).repeat_interleave(n))
-        said = logp.gather(2, after[..., None])[..., 0] * inside.repeat(B, 1)
+        e = teacher.embedding(tokens).detach()[:, None].requires_grad_()
+        logp = teacher.extend(e, (first + 1).repeat(B), past, torch.arange(B, device=x.device).repeat_interleave(n))
+        said = logp[:, 0].gather(2, after[..., None])[..., 0] * inside.repeat(B, 1)
         g = torch.autograd.grad(said.sum(), e)[0].view(B, n, w, -1)
     return F.pad(g, (0, 0, 0, b - w)).view(B, n * b, -1)[:, :L]
 
@@ -654,15 +650,16 @@ def sample(model, z, steps, order="ancestral", temperature=1.0):
     ancestral: each hidden token is revealed with probability (t-s)/t, in other words at a uniform one of the steps;
     confidence: the surest (most likely arg max) first, equally many a step. All of a step's tokens are drawn in parallel
     from their own marginals. Given tokens never change; those right of a block are seen only at b = L. An AR model
-    (b = 1) has one token a block: steps=1 is ordinary generation. temperature 0 takes the arg max."""
+    (b = 1) has blocks of one token: ordinary generation. temperature 0 takes the arg max."""
     if order not in ORDERS:
         raise UserError(f"--order {order}: unknown; use {' or '.join(ORDERS)}")
     if z.size(1) > model.L:
         raise UserError(f"--length {z.size(1)}: longer than the model's context of {model.L}")
-    z = z.clone()
+    z, b = z.clone(), model.b
     B, L = z.shape
+    steps = steps if b > 1 else 1                                # a block of one token takes one
     u, when = torch.rand(B, L, device=z.device), (torch.rand(B, L, device=z.device) * steps).long()
-    past, b = None, model.b
+    past = None
     yield z.clone()
     for start in range(0, L, b):
         stop = min(start + b, L)
@@ -710,6 +707,17 @@ def seeded(seed):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+@contextlib.contextmanager
+def counting(model):
+    """Counts the network's calls while decoding: a list whose one number grows."""
+    calls = [0]
+    handle = model.head.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    try:
+        yield calls
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()

@@ -1,0 +1,188 @@
+"""Distil an autoregressive teacher into a diffusion language model.
+
+    python distill.py                              # teacher, judge, then a TCS student: the whole way, from nothing
+    python distill.py --method plain               # the same student without a teacher's targets: the control
+
+A method is a pair: which states the student trains on, and which target it aims at. --states and --target replace
+either half, so every control is one word away.
+"""
+import dataclasses
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import dlm
+import train_teacher
+from dlm import UserError, option
+from train_teacher import plt
+
+METHODS = {  # name: (states, target)
+    "plain": ("data", "onehot"),        # masked diffusion without a teacher: the baseline
+    "sequence": ("teacher", "onehot"),  # sequence-level distillation: the teacher is only a writer
+    "prefix": ("data", "prefix"),       # the causal head as target: a biased shortcut
+    "tcs": ("data", "topk"),            # target concrete score
+}
+STATES = ("data", "teacher")
+TARGETS = ("onehot", *dlm.ESTIMATORS)
+JUDGED = 256        # generated texts a row of the table; their NLL has a standard error of about 0.02 nats per token
+POOL = 0.5          # texts the teacher writes for --states teacher, as a share of the training text
+
+
+@dataclass
+class Options:
+    method: str = option("tcs", "a pair of states and target", choices=tuple(METHODS))
+    states: str = option("", "data: masked training text; teacher: masked texts by the teacher; empty: the method's",
+                         choices=("", *STATES))
+    target: str = option("", "onehot: the text itself; prefix: p_T(x_i|x_<i); exact, topk, grad+topk, grad: TCS "
+                         "estimators; empty: the method's", choices=("", *TARGETS))
+    teacher: str = option("", "an AR checkpoint; empty: the one in runs/ for this data and tokenizer, trained if missing")
+    student: str = option("ar", "where the weights start: ar (the teacher's), random, or a diffusion checkpoint")
+    data: str = option("docs", "docs, shakespeare, arithmetic, or the path of a text file")
+    tokenizer: str = option("char", "char, bpe (1024 tokens), bpe:SIZE or gpt2; a given --teacher brings its own")
+    block: int = option(8, "block length b of the student; 0 is the whole context", at_least=0)
+    steps: int = option(300, "optimiser steps", at_least=1)
+    batch_size: int = option(32, "texts a step", at_least=1)
+    lr: float = option(0.02, "learning rate of Muon; AdamW's, for embedding and head, is 0.15 of it", at_least=0)
+    divergence: str = option("forward", "between target and student", choices=("forward", "reverse", "tvd", "mse"))
+    scored: int = option(8, "M, hidden tokens a text whose concrete score is computed; the rest get one-hot", at_least=1)
+    seed: int = option(0, "seed of batches, masks and random weights", at_least=0)
+    out: str = option("", "folder of the run; empty: runs/ and a name made of the options")
+    device: str = option("auto", "auto, cuda, mps or cpu")
+    resume: str = option("", "folder of an interrupted run to go on with, with the options it was started with")
+    overwrite: bool = option(False, "replace the run that is in the folder")
+
+
+def ar_model(o, seed, role):
+    """The folder of the AR model with this seed: found in runs/, gone on with if it was interrupted, or trained."""
+    t = train_teacher.Options(data=o.data, tokenizer=o.tokenizer, seed=seed, device=o.device)
+    folder = Path(f"runs/ar-{Path(o.data).stem}-{o.tokenizer.replace(':', '')}-s{seed}")
+    if not (folder / "checkpoint.pt").exists():
+        print(f"no {role} in {folder} yet, so it is trained first", flush=True)
+        return train_teacher.train(t)
+    ckpt = dlm.load(folder, f"--{role}")[2]
+    if ckpt["trainer"] and ckpt["trainer"]["step"] < ckpt["options"]["steps"]:
+        print(f"the {role} in {folder} was interrupted and goes on first", flush=True)
+        options = {**ckpt["options"], "out": str(folder), "resume": str(folder), "device": o.device}
+        return train_teacher.train(train_teacher.Options(**options), ckpt)
+    return folder
+
+
+def same_vocabulary(name, tokenizer, model, with_name, with_tokenizer, with_model):
+    if tokenizer.state() != with_tokenizer.state():
+        raise UserError(f"{name}: its vocabulary is not that of {with_name}; use models trained with the same --data "
+                        "and --tokenizer")
+    if model.L != with_model.L:
+        raise UserError(f"{name}: its context is {model.L} and that of {with_name} {with_model.L}; train both with one "
+                        "--context")
+
+
+def load_models(o, ckpt, device):
+    """-> the teacher and its tokenizer, the judge, and the student with the weights it starts from."""
+    path = Path(o.teacher or ar_model(o, 0, "teacher"))
+    teacher, tokenizer, _ = dlm.load(path, "--teacher", device)
+    if teacher.b != 1:
+        raise UserError(f"--teacher {path}: a diffusion model (b = {teacher.b}), where an AR one is needed; train one "
+                        "with train_teacher.py, or start from this one with --student")
+    b = min(o.block or teacher.L, teacher.L)
+    if b == 1:
+        raise UserError("--block 1: that is the AR model itself; use 2 or more, or 0 for the whole context")
+    torch.manual_seed(o.seed)
+    student = dlm.Transformer(dataclasses.replace(teacher.c, b=b)).to(device)
+    if o.student == "ar":
+        student.load_state_dict(teacher.state_dict())
+    elif o.student != "random":
+        start, its_tokenizer, _ = dlm.load(o.student, "--student", device)
+        same_vocabulary(f"--student {o.student}", its_tokenizer, start, "the teacher", tokenizer, teacher)
+        student = dlm.Transformer(dataclasses.replace(start.c, b=b)).to(device)
+        student.load_state_dict(start.state_dict())
+    return path, teacher, tokenizer, student
+
+
+def written_by(teacher, n, seed):
+    """n texts by the AR teacher (n, L), the same for the same seed."""
+    with dlm.seeded(seed):
+        return torch.cat([dlm.generate(teacher, len(rows)) for rows in torch.arange(n).split(512)])
+
+
+def make_batch_loss(o, states, target, teacher, b, ids):
+    """The method: a function that draws states, asks for their targets and returns the one loss."""
+    V, L = teacher.V, teacher.L
+    pool = written_by(teacher, max(64, int(POOL * len(ids) / L)), o.seed) if states == "teacher" else None
+
+    def batch_loss(student):
+        x = dlm.windows(ids, o.batch_size, L) if pool is None else pool[torch.randint(len(pool), (o.batch_size,))]
+        z = dlm.hide(x, b, V)
+        p = dlm.one_hot(x, z, V) if target == "onehot" else dlm.tcs(teacher, x, z, b, target, o.scored)
+        return dlm.loss(student, x, z, p, o.divergence)
+
+    return batch_loss
+
+
+def evaluate(model, teacher, judge, text, device):
+    """One row for held-out text, one for the AR teacher, one for the student at each number of steps a block."""
+    rows, samples = [], {}
+    held = dlm.consecutive(text.parts["test"], model.L, JUDGED).to(device)
+    rows.append({"what": "held-out text", "calls": 0, "seconds": 0.0, **dlm.judge_samples(judge, held, text)})
+    steps = [2 ** k for k in range(model.b.bit_length())]
+    for who, n in [(teacher, 1)] + [(model, n) for n in steps if n <= model.b]:
+        with dlm.seeded(0), dlm.counting(who) as calls:
+            start = time.time()
+            x = dlm.generate(who, JUDGED, n)
+            name = "AR teacher" if who is teacher else f"student, {n} steps a block"
+            rows.append({"what": name, "calls": calls[0], "seconds": time.time() - start,
+                         **dlm.judge_samples(judge, x, text)})
+            samples[name] = [text.tokenizer.decode(t) for t in x[:4]]
+    print(f"\n{JUDGED} texts each{'calls':>23} {'seconds':>8} {'judge NLL':>10} {'entropy':>8} {'bigrams':>8} {'known words':>12}")
+    for r in rows:
+        print(f"{r['what']:<28} {r['calls']:>5} {r['seconds']:>8.1f} {r['judge_nll']:>10.3f} {r['entropy']:>8.3f} "
+              f"{r['bigram_entropy']:>8.3f} {r['known_words']:>12.1%}")
+    return rows, samples
+
+
+def draw_quality(rows, path):
+    """Judge NLL and entropy against network calls."""
+    student = [r for r in rows if r["what"].startswith("student")]
+    fig, axes = plt.subplots(1, 2, figsize=(8, 3.2))
+    for ax, key, label in zip(axes, ("judge_nll", "entropy"), ("judge NLL, nats per token", "unigram entropy, nats")):
+        ax.plot([r["calls"] for r in student], [r[key] for r in student], "ko-", label="student")
+        for r, style in zip(rows[:2], (":", "--")):
+            ax.axhline(r[key], color="k", linestyle=style, label=r["what"])
+        ax.set(xlabel="network calls for a text", ylabel=label, xscale="log")
+        ax.legend()
+    train_teacher.save_figure(fig, path)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    o, ckpt = train_teacher.resumed(dlm.parse(Options, argv, __doc__), argv)
+    start, device = time.time(), dlm.pick_device(o.device)
+    states, target = (given or own for given, own in zip((o.states, o.target), METHODS[o.method]))
+    if o.divergence == "reverse" and target != "prefix":
+        raise UserError("--divergence reverse: infinite where the target is one-hot; use forward, tvd or mse")
+    name = f"{o.method if (states, target) == METHODS[o.method] else states + '-' + target}-{Path(o.data).stem}"
+    folder = train_teacher.folder_of(o, f"{name}-{o.tokenizer.replace(':', '')}-b{o.block}-s{o.seed}")
+    path, teacher, tokenizer, student = load_models(o, ckpt, device)
+    text = dlm.load_text(o.data, tokenizer, teacher.L)
+    ids = text.parts["train"].to(device)
+    trainer = train_teacher.fit(o, folder, student, text, make_batch_loss(o, states, target, teacher, student.b, ids),
+                                o.lr, ckpt, folder.name)
+    model = trainer.averaged()
+    judge, its_tokenizer, _ = dlm.load(ar_model(o, 1, "judge"), "--judge", device)
+    same_vocabulary("the judge", its_tokenizer, judge, "the teacher", tokenizer, teacher)
+    rows, samples = evaluate(model, teacher, judge, text, device)
+    train_teacher.report(o, folder, trainer, model, text, teacher=str(path), states=states, target=target, table=rows,
+                         samples=samples)
+    draw_quality(rows, folder / "quality.png")
+    for who in ("AR teacher", f"student, {rows[-1]['what'].split()[1]} steps a block"):
+        print(f"\n{who}, the first four texts of seed 0:")
+        for t in samples[who]:
+            print("  " + t.replace("\n", "⏎"))
+    print(f"\n{folder}: checkpoint.pt, metrics.json, loss.png, quality.png; {time.time() - start:.0f} s in all. "
+          f"Next: python sample.py --checkpoint {folder}")
+
+
+if __name__ == "__main__":
+    dlm.run_script(main)

@@ -1,0 +1,604 @@
+"""Every objective, target and sampler against brute force: all texts of V=3, L=4, or an exact source."""
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import dlm
+from dlm import Config, HiddenMarkov, Transformer
+
+V, L = 3, 4
+MASK = V
+
+
+def random_model(b, L=L, V=V, seed=0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    model = Transformer(Config(V, L, b, n_layer=2, n_head=2, n_embd=16)).to(dtype).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.4)
+    return model
+
+
+def source(b=1, L=L, V=V):
+    """A Markov chain seen through noisy letters: hidden states, so that no conditional is only one letter long."""
+    s = HiddenMarkov.markov(V, L, seed=1)
+    g = torch.Generator().manual_seed(2)
+    emit = torch.randn(V, V, generator=g, dtype=torch.float64).mul(1.5).softmax(-1)
+    return HiddenMarkov(s.start, s.trans, emit, L, b)
+
+
+def texts(L=L, V=V):
+    return torch.tensor(list(itertools.product(range(V), repeat=L)))
+
+
+def blocks(L, b):
+    return [range(s, min(s + b, L)) for s in range(0, L, b)]
+
+
+def subsets(block):
+    return [set(s) for m in range(1, len(block) + 1) for s in itertools.combinations(block, m)]
+
+
+def with_hidden(x, hidden):
+    z = x.clone()
+    z[:, sorted(hidden)] = MASK
+    return z
+
+
+def true_conditional(log_p, i, given, x):
+    """p(x_i = v | x_given) by summing a whole joint distribution log_p (V^L,) over texts() -> (len(x), V)."""
+    out = []
+    for row in x:
+        alike = (texts() == row)[:, sorted(given)].all(1)
+        w = log_p.exp() * alike
+        out.append(torch.stack([w[texts()[:, i] == v].sum() for v in range(V)]))
+    out = torch.stack(out)
+    return out / out.sum(1, keepdim=True)
+
+
+# --- the model ---------------------------------------------------------------------------------------------
+
+def drawn(b, L=6):
+    pos, clean = dlm.slots(L, b)
+    rows = dlm.attends(pos, clean, pos, clean, b)
+    return ["".join("#" if a else "." for a in row) for row in rows]
+
+
+def test_mask_causal():
+    assert drawn(1) == ["#.....",
+                        "##....",
+                        "###...",
+                        "####..",
+                        "#####.",
+                        "######"]
+
+
+def test_mask_blocks_of_two():
+    assert drawn(2) == ["##........",    # clean x0 x1
+                        "##........",
+                        "####......",    # clean x2 x3 (x4 x5 are nobody's past)
+                        "####......",
+                        "....##....",    # noisy z0 z1
+                        "....##....",
+                        "##....##..",    # noisy z2 z3
+                        "##....##..",
+                        "####....##",    # noisy z4 z5
+                        "####....##"]
+
+
+def test_mask_bidirectional():
+    assert drawn(6) == ["######"] * 6
+
+
+@pytest.mark.parametrize("b", [1, 2, 3, 4])
+def test_each_token_sees_exactly_what_it_may(b):
+    model, x = random_model(b), texts()[[5]]
+    hidden = {0, 3}
+    z = with_hidden(x, hidden)
+    base = model(x, z)
+    for j in range(L):
+        x2 = x.clone()
+        x2[0, j] = (x[0, j] + 1) % V
+        moved = (model(x2, with_hidden(x2, hidden)) - base).abs().amax(-1)[0] > 1e-9
+        for i in hidden:
+            sees = j // b < i // b or (j // b == i // b and j not in hidden)
+            assert moved[i] == sees, (i, j)
+
+
+@pytest.mark.parametrize("b", [1, 2, 3, 4])
+def test_cached_decoding_equals_uncached(b):
+    model, x = random_model(b), texts()
+    z, past = with_hidden(x, {0, 1, 3}), None
+    for block in blocks(L, b):
+        for _ in range(1 if b == 1 else 2):   # twice: the noisy slots of the first call must not stay in the cache
+            logp, past = model.decode(x, z, block[0], block[-1] + 1, past)
+            torch.testing.assert_close(logp, model(x, z)[:, block[0]:block[-1] + 1])
+
+
+def test_cache_filled_late_equals_uncached():
+    model, x = random_model(2, L=6), torch.randint(V, (5, 6))
+    logp, _ = model.decode(x, x.masked_fill(torch.arange(6) >= 4, MASK), 4, 6, None)   # a prompt of two blocks at once
+    torch.testing.assert_close(logp, model(x, x.masked_fill(torch.arange(6) >= 4, MASK))[:, 4:])
+
+
+def test_shorter_texts_than_the_context():
+    for b in (1, 2, 4):
+        model, x = random_model(b), texts()[:, :3]
+        z = with_hidden(x, {0, 2})
+        long = torch.cat([x, x[:, :1]], 1), torch.cat([z, torch.full((len(x), 1), MASK)], 1)
+        if b < 4:   # at b = L a fourth, hidden token is one more slot to attend to
+            same = model(x, z)[:, :2 if b == 2 else 3]
+            torch.testing.assert_close(same, model(*long)[:, :same.size(1)])
+        assert model(x, z).shape == (len(x), 3, V)
+
+
+# --- exact sources -----------------------------------------------------------------------------------------
+
+def test_source_is_a_distribution_and_draws_from_it():
+    s, x = source(), texts()
+    p = s.log_prob(x).exp()
+    assert abs(p.sum() - 1) < 1e-12
+    n = 20000
+    seen = (s.draw(n, torch.Generator().manual_seed(0)) @ V ** torch.arange(L - 1, -1, -1)).bincount(minlength=V ** L)
+    assert chi_square(seen, p) < 1
+
+
+@pytest.mark.parametrize("b", [1, 2, 3, 4])
+def test_source_conditionals(b):
+    s, x = source(b), texts()
+    log_p = s.log_prob(x)
+    for block in blocks(L, b):
+        for hidden in subsets(block):
+            logp = s(x, with_hidden(x, hidden))
+            for i in hidden:
+                given = set(range(block[0])) | (set(block) - hidden)
+                torch.testing.assert_close(logp[:, i].exp(), true_conditional(log_p, i, given, x))
+
+
+def test_branch():
+    s = HiddenMarkov.branch(3)
+    x = s.draw(200, torch.Generator().manual_seed(0))
+    assert ((x[:, 1] == x[:, 2]) & ((x[:, 1] - x[:, 0]) % 5 == 0)).all() and len(x.unique(dim=0)) == 20
+    s.b = 3
+    p = s(torch.tensor([[3, 0, 0]]), torch.tensor([[3, 10, 10]])).exp()[0]
+    assert p[1, 3] == p[1, 8] == p[2, 3] == p[2, 8] == 0.5
+    p = s(torch.tensor([[3, 0, 0]]), torch.tensor([[3, 8, 10]])).exp()[0]
+    assert p[2, 8] == 1
+    assert not s(torch.tensor([[3, 0, 0]]), torch.tensor([[4, 8, 3]])).isnan().any()   # a contradiction: no NaN
+
+
+# --- the bound ---------------------------------------------------------------------------------------------
+
+def chi_square(counts, p):
+    """Pearson's statistic over (its 99.9% point): fails above 1. Cells expected under 5 are pooled."""
+    e = p.double() * counts.sum()
+    big = e >= 5
+    if not big.all():
+        counts, e = (torch.cat([a[big], a[~big].sum()[None]]) for a in (counts.double(), e))
+    k = len(e) - 1
+    limit = k * (1 - 2 / (9 * k) + 3.09 * math.sqrt(2 / (9 * k))) ** 3   # Wilson-Hilferty
+    return (((counts - e) ** 2 / e.clamp(min=1e-9)).sum() / limit).item()
+
+
+def bound_by_counts(model, x):
+    """m uniform on 1..|B|, a uniform m-subset, mean over the hidden: through `weights`, as the loss does. (n,)"""
+    total = 0
+    for block in blocks(L, model.b):
+        for hidden in subsets(block):
+            z = with_hidden(x, hidden)
+            nll = -model(x, z).gather(2, x[..., None])[..., 0]
+            chance = 1 / len(block) / math.comb(len(block), len(hidden))
+            total = total + chance * (dlm.weights(z == MASK, model.b) * nll).sum(1)
+    return total
+
+
+def bound_by_time(model, x):
+    """∫ 1/t E Σ_hidden -log p dt: a subset of size m of n has ∫ t^(m-1) (1-t)^(n-m) dt = (m-1)! (n-m)! / n!. (n,)"""
+    total = 0
+    for block in blocks(L, model.b):
+        for hidden in subsets(block):
+            m, n = len(hidden), len(block)
+            integral = math.factorial(m - 1) * math.factorial(n - m) / math.factorial(n)
+            nll = -model(x, with_hidden(x, hidden)).gather(2, x[..., None])[..., 0]
+            total = total + integral * nll[:, sorted(hidden)].sum(1)
+    return total / L
+
+
+def random_orders(model, x):
+    """Each text's mean NLL over all generation orders inside blocks, and minus the log of its mean probability. (n,)"""
+    mean, log_p = 0, 0
+    for block in blocks(L, model.b):
+        orders = list(itertools.permutations(block))
+        paths = []
+        for order in orders:
+            path = 0
+            for k, i in enumerate(order):
+                path = path + model(x, with_hidden(x, set(order[k:])))[:, i].gather(1, x[:, i:i + 1])[:, 0]
+            paths.append(path)
+        paths = torch.stack(paths)
+        mean, log_p = mean - paths.mean(0), log_p + paths.logsumexp(0) - math.log(len(orders))
+    return mean / L, -log_p / L
+
+
+@pytest.mark.parametrize("b", [1, 2, 3, 4])
+def test_bound_three_ways(b):
+    model, x = random_model(b), texts()
+    counts = bound_by_counts(model, x)
+    mean, order_law = random_orders(model, x)
+    torch.testing.assert_close(counts, bound_by_time(model, x), atol=1e-6, rtol=0)
+    torch.testing.assert_close(counts, mean, atol=1e-6, rtol=0)
+    assert (counts >= order_law - 1e-6).all()
+    if b == 1:
+        exact = -model(x, x).gather(2, x[..., None])[..., 0].mean(1)   # the AR NLL
+        torch.testing.assert_close(counts, exact, atol=1e-6, rtol=0)
+        torch.testing.assert_close(exact, order_law, atol=1e-6, rtol=0)
+    else:
+        assert (counts > order_law + 1e-4).any()   # random conditionals do not agree with one joint
+
+
+@pytest.mark.parametrize("b", [1, 2, 3, 4])
+def test_loss_and_reported_bound_estimate_the_bound(b):
+    model, x = random_model(b), texts()
+    exact = bound_by_counts(model, x).mean().item()
+    torch.manual_seed(0)
+    values = []
+    with torch.no_grad():
+        for _ in range(300):
+            z = dlm.hide(x, b, MASK)
+            values.append(dlm.loss(model, x, z, dlm.one_hot(x, z, V).double()).item())
+    values = torch.tensor(values)
+    assert abs(values.mean() - exact) < 4 * values.std() / 300 ** 0.5 + 1e-6
+    mean, se = dlm.bound(model, x, repeats=200)
+    assert abs(mean - exact) < 0.01 and se > 0
+
+
+@pytest.mark.parametrize("b", [1, 2, 3, 4])
+def test_hidden_counts_are_uniform_and_subsets_too(b):
+    x = torch.zeros(60000, L, dtype=torch.long)
+    torch.manual_seed(0)
+    hidden = dlm.hide(x, b, MASK) == MASK
+    for block in blocks(L, b):
+        h = hidden[:, list(block)]
+        n = len(block)
+        code = (h.long() * 2 ** torch.arange(n)).sum(1).bincount(minlength=2 ** n)
+        p = torch.tensor([0.0] + [1 / n / math.comb(n, bin(c).count("1")) for c in range(1, 2 ** n)])
+        assert code[0] == 0
+        assert n == 1 or chi_square(code[1:], p[1:]) < 1
+    one = dlm.hide(torch.zeros(12, L, dtype=torch.long), 4, MASK) == MASK
+    assert one.sum(1).bincount().tolist() == [0, 3, 3, 3, 3]   # stratified over the batch
+
+
+# --- the sampler -------------------------------------------------------------------------------------------
+
+def n_step_law(model, N):
+    """The exact law of N-step ancestral sampling: each hidden token is revealed at a uniform one of N steps. (V^L,)"""
+    x, law = texts(), torch.ones(V ** L, dtype=torch.float64)
+    for block in blocks(L, model.b):
+        p = 0
+        for when in itertools.product(range(N), repeat=len(block)):
+            path = 0
+            for n in set(when):
+                hidden = {i for i, w in zip(block, when) if w >= n}
+                now = [i for i, w in zip(block, when) if w == n]
+                path = path + model(x, with_hidden(x, hidden)).gather(2, x[..., None])[:, now, 0].sum(1)
+            p = p + path.exp() / N ** len(block)
+        law = law * p
+    return law
+
+
+@pytest.mark.parametrize("b", [1, 2, 3, 4])
+@pytest.mark.parametrize("N", [1, 2, 5])
+def test_ancestral_sampler_follows_its_law(b, N):
+    model = random_model(b)
+    law = n_step_law(model, N)
+    assert abs(law.sum() - 1) < 1e-9
+    torch.manual_seed(N)
+    x = dlm.generate(model, 20000, N)
+    assert chi_square((x @ V ** torch.arange(L - 1, -1, -1)).bincount(minlength=V ** L), law) < 1
+
+
+def test_many_steps_are_the_random_order_sampler():
+    model = random_model(4)
+    random_order = (-L * random_orders(model, texts())[1]).exp()
+    torch.manual_seed(0)
+    x = dlm.generate(model, 3000, 200)
+    assert chi_square((x @ V ** torch.arange(L - 1, -1, -1)).bincount(minlength=V ** L), random_order) < 1
+
+
+def test_confidence_takes_the_surest_position_first():
+    model = random_model(4)
+    states = list(dlm.sample(model, torch.full((50, L), MASK), 4, "confidence"))
+    for before, after in zip(states, states[1:]):
+        sure = model(before, before).amax(-1).masked_fill(before != MASK, -math.inf)
+        changed = before != after
+        assert (changed.sum(1) == 1).all() and (changed.float().argmax(1) == sure.argmax(1)).all()
+
+
+@pytest.mark.parametrize("order", dlm.ORDERS)
+@pytest.mark.parametrize("b", [1, 2, 5, 17])
+def test_nothing_stays_hidden_and_given_tokens_stay(order, b):
+    for L in (1, 2, 5, 16, 17):
+        model = random_model(min(b, L), L=L, dtype=torch.float32)
+        for N in (1, 2, 3, 7, 20):
+            torch.manual_seed(N)
+            given = torch.where(torch.rand(3, L) < 0.4, torch.randint(V, (3, L)), MASK)
+            states = list(dlm.sample(model, given, N, order))
+            assert (states[-1] < V).all()
+            for a, c in zip(states, states[1:]):
+                assert ((a == c) | (a == MASK)).all()   # what is written stays
+
+
+def test_confidence_reveals_equally_many_a_step():
+    model = random_model(16, L=16)
+    states = list(dlm.sample(model, torch.full((3, 16), MASK), 5, "confidence"))
+    assert [(s == MASK).sum(1).tolist() for s in states] == [[n] * 3 for n in (16, 12, 9, 6, 3, 0)]
+
+
+def test_temperature():
+    model = random_model(4)
+    greedy = [dlm.generate(model, 4, 4, order="confidence", temperature=0.0) for _ in range(2)]
+    assert (greedy[0] == greedy[0][0]).all() and (greedy[0] == greedy[1]).all()
+    spread = [dlm.entropy(dlm.generate(model, 2000, 4, temperature=t)) for t in (0.3, 1.0, 3.0)]
+    assert spread[0] < spread[1] < spread[2]
+
+
+def test_draw_is_exact_at_the_edges():
+    p = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0])
+    u = torch.tensor([0.0, 0.49, 0.5, 0.999999])
+    assert dlm.draw(p.expand(4, 5), u).tolist() == [1, 1, 3, 3]
+
+
+def test_branch_disagrees_as_it_must():
+    """k tokens in one step leave 2^-(k-1) of the rows whole, later steps cost nothing: METHODS 6."""
+    s = HiddenMarkov.branch(9)
+    s.b = 9
+    x0 = torch.randint(10, (4000, 1))
+    given = torch.cat([x0, torch.full((4000, 8), 10)], 1)
+    for N, whole in [(2, 0.19), (4, 0.53), (8, 0.75), (16, 0.88)]:
+        y = dlm.generate(s, 4000, N, given)[:, 1:]
+        assert abs((y == y[:, :1]).all(1).float().mean() - whole) < 0.03
+
+
+def test_unseen_tokens_are_noticed():
+    z = torch.tensor([[0, MASK, 1, MASK]])
+    assert dlm.unseen(z, random_model(2)) and dlm.unseen(z, random_model(1)) and not dlm.unseen(z, random_model(4))
+    assert not dlm.unseen(torch.tensor([[0, MASK, MASK, MASK]]), random_model(1))
+
+
+# --- divergences and targets -------------------------------------------------------------------------------
+
+def test_divergences():
+    torch.manual_seed(0)
+    p, q = torch.randn(50, 7).softmax(-1), torch.randn(50, 7).softmax(-1)
+    for kind in ("forward", "reverse", "tvd", "mse"):
+        assert dlm.divergence(p, p.log(), kind).abs().max() < 1e-6
+        assert (dlm.divergence(p, q.log(), kind) > 0).all()
+    torch.testing.assert_close(dlm.divergence(p, q.log()), F.kl_div(q.log(), p, reduction="none").sum(-1))
+    torch.testing.assert_close(dlm.divergence(p, q.log(), "reverse"), F.kl_div(p.log(), q, reduction="none").sum(-1))
+    torch.testing.assert_close(dlm.divergence(p, q.log(), "tvd"), (p - q).abs().sum(-1) / 2)
+    torch.testing.assert_close(dlm.divergence(p, q.log(), "mse"), ((p - q) ** 2).sum(-1))
+    sure = torch.eye(7)[[2]]
+    torch.testing.assert_close(dlm.divergence(sure, q[:1].log()), -q[:1, 2].log())   # cross-entropy
+    assert dlm.divergence(sure, q[:1].log(), "reverse").isinf().all()
+    assert dlm.divergence(sure, sure.log()) == 0   # no NaN from 0 log 0
+    with pytest.raises(dlm.UserError):
+        dlm.divergence(p, q.log(), "jensen")
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "tvd", "mse"])
+def test_divergence_of_a_thousand_to_one(kind):
+    """Worked by hand: p = (1/2, 1/2), q = (1/4, 3/4)."""
+    value = {"forward": 0.1438410, "reverse": 0.1308120, "tvd": 0.25, "mse": 0.125}[kind]
+    p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
+    assert abs(dlm.divergence(p, q.log(), kind) - value) < 1e-6
+
+
+# --- TCS ---------------------------------------------------------------------------------------------------
+
+everywhere = torch.arange(L).expand(V ** L, L)
+
+
+def leave_one_out(teacher, b):
+    """c_i(v) = p_T(v | prefix, rest of i's block), by summing the teacher's joint distribution. (V^L, L, V)"""
+    x = texts()
+    log_p = teacher(x, x).gather(2, x[..., None]).sum((1, 2)).double()
+    return torch.stack([true_conditional(log_p, i, set(range(min((i // b + 1) * b, L))) - {i}, x) for i in range(L)], 1)
+
+
+@pytest.mark.parametrize("teacher", [source(), random_model(1)], ids=["source", "Transformer"])
+@pytest.mark.parametrize("b", [2, 3, 4])
+@pytest.mark.parametrize("budget", [16384, 5])
+def test_exact_score_is_the_leave_one_out_conditional(teacher, b, budget, monkeypatch):
+    score = dlm.suffix_log_prob
+    monkeypatch.setattr(dlm, "suffix_log_prob", lambda *a: score(*a, budget=budget))
+    c = dlm.concrete_score(teacher, texts(), everywhere, b, **dlm.ESTIMATORS["exact"]).exp().double()
+    torch.testing.assert_close(c, leave_one_out(teacher, b), atol=1e-5, rtol=0)
+
+
+def test_top_k_of_everything_is_exact():
+    for by in ("prefix", "grad"):
+        a = dlm.concrete_score(random_model(1), texts(), everywhere, 4, by, V)
+        torch.testing.assert_close(a, dlm.concrete_score(random_model(1), texts(), everywhere, 4))
+
+
+@pytest.mark.parametrize("b", [2, 4])
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_top_k_averaged_over_the_posterior_is_the_marginal(b, K):
+    """E over x ~ p_T(x | z) of the target is p_T(x_i | z) for every K, because candidates depend on x_<i only."""
+    teacher, x = source(), texts()
+    log_p = teacher.log_prob(x)
+    c = dlm.concrete_score(teacher, x, everywhere, b, K=K).exp()
+    denoiser = source(b)
+    for block in blocks(L, b):
+        for hidden in subsets(block):
+            true = denoiser(x, with_hidden(x, hidden)).exp()
+            seen = sorted(set(range(block[-1] + 1)) - hidden)
+            for r in range(0, V ** L, 7):
+                w = log_p.exp() * (x == x[r])[:, seen].all(1)
+                for i in hidden:
+                    torch.testing.assert_close((w[:, None] * c[:, i]).sum(0) / w.sum(), true[r, i], atol=1e-5, rtol=0)
+
+
+def test_prefix_is_biased():
+    """The control really is another target: its average over the posterior is not the marginal."""
+    x = texts()
+    log_p = source().log_prob(x)
+    c = dlm.concrete_score(source(), x, everywhere, 4, **dlm.ESTIMATORS["prefix"]).exp()
+    torch.testing.assert_close(c[:, 1], true_conditional(log_p, 1, {0}, x))
+    assert ((log_p.exp()[:, None] * c[:, 0]).sum(0) - true_conditional(log_p, 0, set(), x)[0]).abs().max() < 1e-9
+    assert (c[:, 0] - true_conditional(log_p, 0, {1, 2, 3}, x)).abs().max() > 0.05
+
+
+class AffineTeacher(nn.Module):
+    """log p(x_j | x_<j) = base_j + Σ_{i<j} <e_i, A[i, j, x_j]>: affine in every embedding (and not normalised)."""
+
+    def __init__(self):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.V, self.L, self.b = V, L, 1
+        self.embedding = nn.Embedding.from_pretrained(torch.randn(V + 1, 5, generator=g, dtype=torch.float64))
+        self.A = torch.randn(L, L, V, 5, generator=g, dtype=torch.float64)
+        self.base = torch.randn(L, V, generator=g, dtype=torch.float64)
+
+    def terms(self, e):
+        """e (B, T, d) -> what token i adds to position j: (B, T, L, V), only for j > i."""
+        later = torch.arange(L) > torch.arange(e.size(1))[:, None]
+        return torch.einsum("bid,ijvd->bijv", e, self.A[:e.size(1)]) * later[None, :, :, None]
+
+    def prefill(self, x):
+        e = self.embedding(x)
+        return self.base + self.terms(e).sum(1), e
+
+    def extend(self, e, start, past, rows):
+        out = []
+        for r, s in enumerate(start.tolist()):   # a test's oracle may loop
+            for tokens in e[r]:
+                whole = torch.cat([past[rows[r], :s - 1], tokens])[:L]
+                logits = self.base + self.terms(whole[None]).sum(1)[0]
+                out.append(torch.cat([logits, logits])[s:s + e.size(2)])
+        return torch.stack(out).view(*e.shape[:3], V)
+
+
+@pytest.mark.parametrize("b", [2, 3, 4])
+def test_gradient_score_is_exact_where_the_suffix_is_affine(b):
+    teacher, x = AffineTeacher(), texts()
+    exact = dlm.concrete_score(teacher, x, everywhere, b, **dlm.ESTIMATORS["exact"])
+    grad = dlm.concrete_score(teacher, x, everywhere, b, **dlm.ESTIMATORS["grad"])
+    torch.testing.assert_close(grad, exact)
+
+
+@pytest.mark.parametrize("b", [2, 3, 4])
+def test_gradient_by_finite_differences(b):
+    """∇_{e_i} log p_T(rest of i's block), each token's embedding nudged in turn, with all else as it is."""
+    model, x = random_model(1), texts()[[7, 50]]
+    g = dlm.suffix_gradient(model, x, model.prefill(x)[1], b)
+    for i in range(L):
+        for d in range(3):
+            change = []
+            for eps in (1e-5, -1e-5):
+                e = model.embedding(model.shift(x)).detach().clone()
+                if i + 1 < L:
+                    e[:, i + 1, d] += eps
+                logp = model.run(e, torch.arange(L), "causal")[0].gather(2, x[..., None])[..., 0]
+                change.append(logp[:, i + 1:min((i // b + 1) * b, L)].sum(1))
+            torch.testing.assert_close((change[0] - change[1]) / 2e-5, g[:, i, d], atol=1e-6, rtol=1e-4)
+
+
+def test_one_hot_where_the_text_is_no_candidate():
+    teacher, x = source(), texts()
+    c = dlm.concrete_score(teacher, x, everywhere, 4, K=1).exp()
+    first = teacher(x, x).argmax(-1) == x
+    torch.testing.assert_close(c, dlm.one_hot(x, None, V).double())   # K=1: the only candidate, or not a candidate
+    c = dlm.concrete_score(teacher, x, everywhere, 4, K=2).exp()
+    assert (c.gather(2, x[..., None]) > 0).all() and first.any() and not first.all()
+
+
+@pytest.mark.parametrize("estimator", dlm.ESTIMATORS)
+def test_target_rows(estimator):
+    """Rows sum to 1; scored at M hidden tokens and one-hot at the rest; no gradient into the teacher."""
+    teacher, x = random_model(1, dtype=torch.float32), texts()
+    torch.manual_seed(0)
+    z = dlm.hide(x, 4, MASK)
+    p = dlm.tcs(teacher, x, z, 4, estimator, M=2)
+    torch.testing.assert_close(p.sum(-1), torch.ones(V ** L, L))
+    assert not p.requires_grad
+    if dlm.ESTIMATORS[estimator]["rescore"]:
+        soft = p.amax(-1) < 1 - 1e-6
+        assert (soft.sum(1) <= 2).all()
+        assert not (soft & (z != MASK) & ((z == MASK).sum(1, keepdim=True) >= 2)).any()
+
+
+def test_no_gradient_reaches_the_teacher():
+    teacher, student, x = random_model(1, dtype=torch.float32), random_model(4, seed=1, dtype=torch.float32), texts()
+    z = dlm.hide(x, 4, MASK)
+    dlm.loss(student, x, z, dlm.tcs(teacher, x, z, 4, "grad+topk", 4)).backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad is not None for p in student.parameters())
+
+
+def test_tcs_optimum_is_the_true_denoiser():
+    """Texts from the teacher, TCS targets: the loss over all texts is stationary at the source's own posterior."""
+    teacher, x = source(), texts()
+    weight = teacher.log_prob(x).exp()
+    c = dlm.concrete_score(teacher, x, everywhere, 4).exp()
+    hidden = {1, 2}
+    z = with_hidden(x, hidden)
+    logits = source(4)(x, z).clone().requires_grad_()
+    key = z @ (V + 1) ** torch.arange(L)
+    total = 0
+    for k in key.unique():   # one row of free logits for each state
+        rows = (key == k).nonzero()[:, 0]
+        log_q = logits[rows[0]].log_softmax(-1)
+        total = total + (weight[rows, None] * dlm.divergence(c[rows], log_q[None]))[:, sorted(hidden)].sum()
+    g = torch.autograd.grad(total, logits)[0]
+    assert g.abs().max() < 1e-9
+
+
+# --- optimiser ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape", [(8, 8), (12, 8), (8, 20)])
+def test_orthogonalise_against_svd_and_torch(shape):
+    torch.manual_seed(0)
+    G = torch.randn(3, *shape)
+    ours = dlm.orthogonalise(G)
+    s = torch.linalg.svdvals(ours)
+    assert (s > 0.3).all() and (s < 1.4).all()   # Muon's quintic oscillates around 1
+    U, _, Vt = torch.linalg.svd(G, full_matrices=False)
+    assert F.cosine_similarity((U @ Vt).flatten(1), ours.flatten(1)).min() > 0.95
+    if hasattr(torch.optim, "Muon"):
+        theirs = torch.optim._muon._zeropower_via_newtonschulz(G[0], (3.4445, -4.7750, 2.0315), 5, 1e-7)
+        torch.testing.assert_close(ours[0], theirs.float(), atol=0.03, rtol=0)
+
+
+def test_muon_step_is_torchs():
+    """Three steps beside torch.optim.Muon, which works in bfloat16."""
+    torch.manual_seed(0)
+    a = nn.Parameter(torch.randn(8, 16))
+    c = nn.Parameter(a.detach().clone())
+    ours, theirs = dlm.Muon([a], 0.1), torch.optim.Muon([c], 0.1, weight_decay=0, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        a.grad = torch.randn(8, 16)
+        c.grad = a.grad.clone()
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(a.detach(), c.detach(), atol=0.02, rtol=0)
+
+
+# --- judging -----------------------------------------------------------------------------------------------
+
+def test_entropy_and_words():
+    x = torch.tensor([[0, 1, 0, 1], [2, 3, 2, 3]])
+    assert abs(dlm.entropy(x) - math.log(4)) < 1e-9
+    assert abs(dlm.entropy(x, 2) - (-(2 / 3) * math.log(1 / 3) - (1 / 3) * math.log(1 / 6))) < 1e-9
+    assert dlm.known_words(["xx the cat yy", "zz dog the"], {"the"}) == 1 / 3
+
+
+def test_bound_leaves_random_numbers_alone():
+    model, x = random_model(4), texts()
+    torch.manual_seed(0)
+    a = torch.rand(3)
+    torch.manual_seed(0)
+    assert dlm.bound(model, x) == dlm.bound(model, x) and torch.equal(torch.rand(3), a)
