@@ -28,6 +28,7 @@ METHODS = {  # name: (states, target)
 STATES = ("data", "teacher")
 TARGETS = ("onehot", *dlm.ESTIMATORS)
 JUDGED = 256        # generated texts a row of the table; their NLL has a standard error of about 0.02 nats per token
+STEPS = (1, 2, 4, 8, 16, 32, 64)
 POOL = 0.5          # texts the teacher writes for --states teacher, as a share of the training text
 
 
@@ -41,13 +42,14 @@ class Options:
     teacher: str = option("", "an AR checkpoint; empty: the one in runs/ for this data and tokenizer, trained if missing")
     student: str = option("ar", "where the weights start: ar (the teacher's), random, or a diffusion checkpoint")
     data: str = option("docs", "docs, shakespeare, arithmetic, or the path of a text file")
-    tokenizer: str = option("char", "char, bpe (1024 tokens), bpe:SIZE or gpt2; a given --teacher brings its own")
-    block: int = option(8, "block length b of the student; 0 is the whole context", at_least=0)
-    steps: int = option(300, "optimiser steps", at_least=1)
+    tokenizer: str = option("bpe:512", "char, bpe (1024 tokens), bpe:SIZE or gpt2; a given --teacher brings its own")
+    block: int = option(4, "block length b of the student; 0 is the whole context", at_least=0)
+    steps: int = option(250, "optimiser steps", at_least=1)
     batch_size: int = option(32, "texts a step", at_least=1)
     lr: float = option(0.02, "learning rate of Muon; AdamW's, for embedding and head, is 0.15 of it", at_least=0)
     divergence: str = option("forward", "between target and student", choices=("forward", "reverse", "tvd", "mse"))
     scored: int = option(8, "M, hidden tokens a text whose concrete score is computed; the rest get one-hot", at_least=1)
+    estimators: bool = option(False, "train nothing: compare the estimators of the concrete score at this --block")
     seed: int = option(0, "seed of batches, masks and random weights", at_least=0)
     out: str = option("", "folder of the run; empty: runs/ and a name made of the options")
     device: str = option("auto", "auto, cuda, mps or cpu")
@@ -86,7 +88,7 @@ def load_models(o, ckpt, device):
     if teacher.b != 1:
         raise UserError(f"--teacher {path}: a diffusion model (b = {teacher.b}), where an AR one is needed; train one "
                         "with train_teacher.py, or start from this one with --student")
-    b = min(o.block or teacher.L, teacher.L)
+    b = o.block or teacher.L
     if b == 1:
         raise UserError("--block 1: that is the AR model itself; use 2 or more, or 0 for the whole context")
     torch.manual_seed(o.seed)
@@ -122,32 +124,68 @@ def make_batch_loss(o, states, target, teacher, b, ids):
 
 
 def evaluate(model, teacher, judge, text, device):
-    """One row for held-out text, one for the AR teacher, one for the student at each number of steps a block."""
-    rows, samples = [], {}
+    """One row for held-out text, one for the AR teacher, the others for the student by order and steps a block."""
     held = dlm.consecutive(text.parts["test"], model.L, JUDGED).to(device)
-    rows.append({"what": "held-out text", "calls": 0, "seconds": 0.0, **dlm.judge_samples(judge, held, text)})
-    steps = [2 ** k for k in range(model.b.bit_length())]
-    for who, n in [(teacher, 1)] + [(model, n) for n in steps if n <= model.b]:
-        with dlm.seeded(0), dlm.counting(who) as calls:
+    rows, samples = [{"what": "held-out text", **dlm.judge_samples(judge, held, text)}], {}
+    ways = [("AR teacher", teacher, 1, None), (f"student, {model.b} steps, ancestral", model, model.b, "ancestral")]
+    ways += [(f"student, {n} steps, confidence", model, n, "confidence") for n in STEPS if n <= model.b]
+    for what, who, n, order in ways:
+        with dlm.seeded(0), dlm.counting(who) as count:
             start = time.time()
-            x = dlm.generate(who, JUDGED, n)
-            name = "AR teacher" if who is teacher else f"student, {n} steps a block"
-            rows.append({"what": name, "calls": calls[0], "seconds": time.time() - start,
-                         **dlm.judge_samples(judge, x, text)})
-            samples[name] = [text.tokenizer.decode(t) for t in x[:4]]
-    print(f"\n{JUDGED} texts each{'calls':>23} {'seconds':>8} {'judge NLL':>10} {'entropy':>8} {'bigrams':>8} {'known words':>12}")
+            x = dlm.generate(who, JUDGED, n, order=order)
+        rows.append({"what": what, "order": order, "steps": n, "calls": count["calls"], "seconds": time.time() - start,
+                     **dlm.judge_samples(judge, x, text)})
+        samples[what] = [text.tokenizer.decode(t) for t in x[:4]]
+    print(f"\n{JUDGED} texts; steps are per block of {model.b}    calls seconds  judge NLL  entropy  bigrams  known words")
     for r in rows:
-        print(f"{r['what']:<28} {r['calls']:>5} {r['seconds']:>8.1f} {r['judge_nll']:>10.3f} {r['entropy']:>8.3f} "
-              f"{r['bigram_entropy']:>8.3f} {r['known_words']:>12.1%}")
+        print(f"{r['what']:<34} {r.get('calls', 0):>8} {r.get('seconds', 0):>7.1f} {r['judge_nll']:>10.3f} "
+              f"{r['entropy']:>8.3f} {r['bigram_entropy']:>8.3f} {r['known_words']:>12.1%}")
     return rows, samples
+
+
+def compare_estimators(o, folder, teacher, text, b):
+    """Every estimator of c_i beside the exact one, at `scored` random positions of 64 held-out texts: table and figure."""
+    x = dlm.consecutive(text.parts["test"], teacher.L, 64).to(teacher.embedding.weight.device)
+    with dlm.seeded(o.seed):
+        pos = torch.rand(x.shape, device=x.device).topk(min(o.scored, teacher.L), dim=1).indices
+    ways = {"exact": dlm.ESTIMATORS["exact"], "grad": dlm.ESTIMATORS["grad"], "prefix": dlm.ESTIMATORS["prefix"]}
+    for name in ("topk", "grad+topk"):
+        ways.update({f"{name}, K={K}": {**dlm.ESTIMATORS[name], "K": K} for K in (4, 8, 16)})
+    print(f"{pos.numel()} positions of {len(x)} texts, blocks of {b}\n{'estimator':<18} {'teacher tokens':>15} {'seconds':>8} "
+          f"{'KL':>7} {'TV':>6} {'entropy':>8}", flush=True)
+    rows, exact = [], None
+    for name, way in [*ways.items(), ("one-hot", None)]:
+        start = time.time()
+        with dlm.counting(teacher) as count:
+            c = (dlm.concrete_score(teacher, x, pos, b, **way) if way else
+                 dlm.one_hot(x, None, teacher.V).log()[torch.arange(len(x), device=x.device)[:, None], pos])
+        exact = c if exact is None else exact
+        p = c.exp()
+        r = {"estimator": name, "tokens": count["slots"] / pos.numel(), "seconds": time.time() - start,
+             "kl": dlm.divergence(p, exact).mean().item(), "tv": dlm.divergence(p, exact, "tvd").mean().item(),
+             "entropy": torch.special.entr(p).sum(-1).mean().item()}
+        rows.append(r)
+        print(f"{name:<18} {r['tokens']:>15.1f} {r['seconds']:>8.2f} {r['kl']:>7.3f} {r['tv']:>6.3f} {r['entropy']:>8.3f}",
+              flush=True)
+    fig, ax = plt.subplots(figsize=(5.5, 3.5))
+    for r in rows[1:]:
+        ax.plot(max(r["tokens"], 1), r["tv"], "k" + ("o" if r["estimator"].startswith("topk") else "s"))
+        ax.annotate(r["estimator"], (max(r["tokens"], 1), r["tv"]), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    ax.set(xlabel="teacher tokens for a scored position", ylabel="total variation from exact", xscale="log",
+           title=f"TCS estimators, blocks of {b} (exact: {rows[0]['tokens']:.0f} tokens)")
+    ax.margins(0.25)
+    train_teacher.save_figure(fig, folder / "estimators.png")
+    dlm.write_json(folder / "metrics.json", {"options": dataclasses.asdict(o), "block": b, "rows": rows,
+                                             "corpus": {"name": text.name, "sha256": text.sha256},
+                                             "versions": dlm.versions()})
 
 
 def draw_quality(rows, path):
     """Judge NLL and entropy against network calls."""
-    student = [r for r in rows if r["what"].startswith("student")]
+    student = [r for r in rows if r.get("order") == "confidence"]
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.2))
     for ax, key, label in zip(axes, ("judge_nll", "entropy"), ("judge NLL, nats per token", "unigram entropy, nats")):
-        ax.plot([r["calls"] for r in student], [r[key] for r in student], "ko-", label="student")
+        ax.plot([r["calls"] for r in student], [r[key] for r in student], "ko-", label="student, confidence order")
         for r, style in zip(rows[:2], (":", "--")):
             ax.axhline(r[key], color="k", linestyle=style, label=r["what"])
         ax.set(xlabel="network calls for a text", ylabel=label, xscale="log")
@@ -162,10 +200,12 @@ def main(argv=None):
     states, target = (given or own for given, own in zip((o.states, o.target), METHODS[o.method]))
     if o.divergence == "reverse" and target != "prefix":
         raise UserError("--divergence reverse: infinite where the target is one-hot; use forward, tvd or mse")
-    name = f"{o.method if (states, target) == METHODS[o.method] else states + '-' + target}-{Path(o.data).stem}"
+    name = f"{'estimators' if o.estimators else o.method if (states, target) == METHODS[o.method] else states + '-' + target}-{Path(o.data).stem}"
     folder = train_teacher.folder_of(o, f"{name}-{o.tokenizer.replace(':', '')}-b{o.block}-s{o.seed}")
     path, teacher, tokenizer, student = load_models(o, ckpt, device)
     text = dlm.load_text(o.data, tokenizer, teacher.L)
+    if o.estimators:
+        return compare_estimators(o, folder, teacher, text, student.b)
     ids = text.parts["train"].to(device)
     trainer = train_teacher.fit(o, folder, student, text, make_batch_loss(o, states, target, teacher, student.b, ids),
                                 o.lr, ckpt, folder.name)
@@ -176,7 +216,7 @@ def main(argv=None):
     train_teacher.report(o, folder, trainer, model, text, teacher=str(path), states=states, target=target, table=rows,
                          samples=samples)
     draw_quality(rows, folder / "quality.png")
-    for who in ("AR teacher", f"student, {rows[-1]['what'].split()[1]} steps a block"):
+    for who in ("AR teacher", rows[-1]["what"]):
         print(f"\n{who}, the first four texts of seed 0:")
         for t in samples[who]:
             print("  " + t.replace("\n", "⏎"))

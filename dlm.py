@@ -319,6 +319,12 @@ class Transformer(nn.Module):
 
     def __init__(self, c):
         super().__init__()
+        if c.n_embd % (2 * c.n_head):
+            raise UserError(f"--n_embd {c.n_embd}: must be an even multiple of --n_head {c.n_head}")
+        if c.b > c.L:
+            raise UserError(f"--block {c.b}: longer than the context of {c.L}; use 0 for the whole context")
+        if c.dropout >= 1:
+            raise UserError(f"--dropout {c.dropout}: must be below 1")
         self.c, self.V, self.L, self.b = c, c.V, c.L, c.b
         self.embedding = nn.Embedding(c.V + 1, c.n_embd)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.n_layer))
@@ -474,18 +480,16 @@ class HiddenMarkov(nn.Module):
 # ----------------------------------------------------------------------------------------------------------
 # States and targets: what to hide, what to aim at, and the one loss
 
-def hide(x, b, mask, n_hidden=None):
+def hide(x, b, mask):
     """Masked data: in each block of b tokens hide a random m-subset, m uniform on 1..block length. -> z (B, L).
 
-    Stratified: the m of one block's column spread evenly over the batch. At b = 1 everything is hidden. `n_hidden` (B,)
-    fixes m for b = L. This is MDLM's bound without the 1/t (2406.03736 eq. 3.3): see `weights`."""
+    Stratified: the m of one block's column spread evenly over the batch. At b = 1 everything is hidden. With `weights`
+    this is the bound ∫ 1/t E_z|t Σ_hidden -log p(x_i|z) dt of MDLM (2406.07524) and 2406.03736, without its 1/t."""
     B, L = x.shape
     n = -(-L // b)                                                                 # blocks; the last may be shorter
     size = (L - b * torch.arange(n, device=x.device)).clamp(max=b)                 # (n,)
     order = torch.rand(B, n, device=x.device).argsort(0)                           # one permutation a column
     m = ((order + torch.rand(n, device=x.device)) / B * size).long().clamp(max=size - 1) + 1   # (B, n)
-    if n_hidden is not None:
-        m = n_hidden[:, None]
     noise = F.pad(torch.rand(B, L, device=x.device), (0, n * b - L), value=2.0).view(B, n, b)
     hidden = noise.argsort(-1).argsort(-1) < m[..., None]                          # rank of each token's noise < m
     return torch.where(hidden.view(B, -1)[:, :L], mask, x)
@@ -546,11 +550,12 @@ ESTIMATORS = {            # candidates by: the prefix, or prefix and gradient   
 }
 
 
-def suffix_log_prob(teacher, x, past, pos, cand, b, budget=16384):
+def suffix_log_prob(teacher, x, past, pos, cand, b, budget=None):
     """log p_T(x_{i+1} .. end of i's block | x_<i, x_i = v). pos (B, M), candidates v (B, M, K) -> (B, M, K), nats.
 
     The substitutions at one position continue the same cached prefix, G at a time. Positions are sorted by the length
-    of their suffix and run in chunks of about `budget` slots, for memory."""
+    of their suffix and run in chunks of about `budget` slots: few on a CPU, whose cache is small."""
+    budget = budget or (2048 if x.device.type == "cpu" else 2 ** 17)
     (B, L), (M, K) = x.shape, cand.shape[1:]
     row, i = torch.arange(B, device=x.device).repeat_interleave(M), pos.reshape(-1)      # (B*M,)
     length = ((i // b + 1) * b).clamp(max=L) - i - 1                                     # of the suffix
@@ -594,6 +599,7 @@ def suffix_gradient(teacher, x, past, b):
 
 
 @torch.no_grad()
+@torch.autocast("cuda", enabled=False)   # scores are differences of long sums: bfloat16 would blur them
 def concrete_score(teacher, x, pos, b, by="prefix", K=None, rescore=True):
     """The estimators of c_i, one function: log c_i(v) at positions pos (B, M) -> (B, M, V), normalised over v.
 
@@ -643,14 +649,20 @@ def draw(p, u):
 ORDERS = ("ancestral", "confidence")
 
 
+def default_order(model):
+    """Surest first inside short blocks, where it agrees best with itself; over a whole text it lowers entropy sharply."""
+    return "ancestral" if model.b >= model.L else "confidence"
+
+
 @torch.no_grad()
-def sample(model, z, steps, order="ancestral", temperature=1.0):
+def sample(model, z, steps, order=None, temperature=1.0):
     """Fills the hidden tokens of z (B, L), block by block, each block in `steps` steps; yields the state after each.
 
     ancestral: each hidden token is revealed with probability (t-s)/t, in other words at a uniform one of the steps;
     confidence: the surest (most likely arg max) first, equally many a step. All of a step's tokens are drawn in parallel
     from their own marginals. Given tokens never change; those right of a block are seen only at b = L. An AR model
-    (b = 1) has blocks of one token: ordinary generation. temperature 0 takes the arg max."""
+    (b = 1) has blocks of one token: ordinary generation. temperature 0 takes the arg max. order None: `default_order`."""
+    order = order or default_order(model)
     if order not in ORDERS:
         raise UserError(f"--order {order}: unknown; use {' or '.join(ORDERS)}")
     if z.size(1) > model.L:
@@ -711,11 +723,16 @@ def seeded(seed):
 
 @contextlib.contextmanager
 def counting(model):
-    """Counts the network's calls while decoding: a list whose one number grows."""
-    calls = [0]
-    handle = model.head.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    """Counts what the network does inside: {"calls": of the network, "slots": tokens run, over all rows}."""
+    count = {"calls": 0, "slots": 0}
+
+    def hook(_, inputs, output):
+        count["calls"] += 1
+        count["slots"] += inputs[0].shape[:-1].numel()
+
+    handle = model.head.register_forward_hook(hook)
     try:
-        yield calls
+        yield count
     finally:
         handle.remove()
 
@@ -829,10 +846,10 @@ class Trainer:
         if state["cuda_rng"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda_rng"].cpu())
 
-    def averaged(self):
-        """A copy of the model with the averaged weights that did best on validation."""
+    def averaged(self, weights=None):
+        """A copy of the model with the averaged weights that did best on validation, or with these."""
         model = Transformer(self.model.c).to(self.model.embedding.weight.device)
-        model.load_state_dict(self.best or self.ema)
+        model.load_state_dict(weights or self.best or self.ema)
         return model.eval()
 
     def update(self, batch_loss):
@@ -873,18 +890,17 @@ class Trainer:
         start, self.model = time.time() - self.seconds, self.model.train()
         try:
             while self.step < self.steps:
-                loss_sum = loss_sum + self.update(batch_loss)
+                value = self.update(batch_loss)
+                loss_sum = loss_sum + value
                 bar.update()
+                if self.step % 10 == 0:
+                    bar.set_postfix(loss=f"{float(value):.3f}", val=f"{self.history[-1][3]:.3f}" if self.history else "-")
                 if self.step % every == 0 or self.step == self.steps:
-                    n = self.step % every or every
-                    ema = Transformer(self.model.c).to(self.model.embedding.weight.device)
-                    ema.load_state_dict(self.ema)
-                    value = bound(ema, val)[0]
+                    n, value = self.step % every or every, bound(self.averaged(self.ema), val)[0]
                     self.seconds = time.time() - start
                     if not self.history or value < min(h[3] for h in self.history):
                         self.best = {k: v.clone() for k, v in self.ema.items()}
                     self.history.append([self.step, self.seconds, float(loss_sum) / n, value])
-                    bar.set_postfix_str(f"loss {float(loss_sum) / n:.3f} val {value:.3f}")
                     loss_sum = 0.0
                     save()
                 if interrupted:

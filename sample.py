@@ -25,8 +25,8 @@ class Options:
     length: int = option(0, "tokens in all; 0: the model's context, or the prompt's length if it has gaps", at_least=0)
     number: int = option(4, "texts", at_least=1)
     steps: int = option(0, "steps a block; 0: one token a step", at_least=0)
-    order: str = option("ancestral", "which tokens come first: ancestral (random) or confidence (surest)",
-                        choices=dlm.ORDERS)
+    order: str = option("", "which tokens come first: ancestral (random), confidence (surest); empty: confidence inside "
+                        "blocks, ancestral over a whole text", choices=("", *dlm.ORDERS))
     temperature: float = option(1.0, "below 1 sharper, 0 the likeliest token", at_least=0)
     seed: int = option(0, "seed: the same seed and options give the same texts", at_least=0)
     device: str = option("auto", "auto, cuda, mps or cpu")

@@ -1,6 +1,6 @@
 """Train a model from text: an autoregressive teacher (the default) or a plain masked-diffusion model.
 
-    python train_teacher.py                        # 4 layers x 128, characters of the Python docs
+    python train_teacher.py                        # 4 layers x 128, the Python docs in 512 byte pairs
     python train_teacher.py --objective mdlm       # a denoiser from scratch, the baseline of every distillation
 
 Every run gets a folder under runs/ with checkpoint.pt, metrics.json and loss.png.
@@ -28,14 +28,14 @@ TEST_REPEATS = 8  # states per held-out text when a bound is reported; the train
 class Options:
     objective: str = option("ar", "ar: causal, p(x_i|x_<i); mdlm: masked diffusion", choices=("ar", "mdlm"))
     data: str = option("docs", "docs, shakespeare, arithmetic, or the path of a text file")
-    tokenizer: str = option("char", "char, bpe (1024 tokens), bpe:SIZE or gpt2")
+    tokenizer: str = option("bpe:512", "char, bpe (1024 tokens), bpe:SIZE or gpt2")
     context: int = option(64, "context length in tokens", at_least=2)
     block: int = option(0, "block length of mdlm; 0 is the whole context", at_least=0)
     n_layer: int = option(4, "layers", at_least=1)
     n_head: int = option(4, "attention heads", at_least=1)
     n_embd: int = option(128, "width", at_least=2)
     dropout: float = option(0.0, "dropout", at_least=0)
-    steps: int = option(700, "optimiser steps", at_least=1)
+    steps: int = option(500, "optimiser steps", at_least=1)
     batch_size: int = option(32, "texts a step", at_least=1)
     lr: float = option(0.02, "learning rate of Muon; AdamW's, for embedding and head, is 0.15 of it", at_least=0)
     seed: int = option(0, "seed of weights, batches and masks", at_least=0)
@@ -51,6 +51,10 @@ def folder_of(o, name):
     if (folder / "checkpoint.pt").exists() and not (o.overwrite or o.resume):
         raise UserError(f"--out {folder}: holds a run already; --resume {folder} goes on with it, --overwrite replaces "
                         "it, or name another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out {folder}: cannot be made ({e.strerror}); name another folder") from None
     return folder
 
 

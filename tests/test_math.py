@@ -296,7 +296,7 @@ def test_ancestral_sampler_follows_its_law(b, N):
     law = n_step_law(model, N)
     assert abs(law.sum() - 1) < 1e-9
     torch.manual_seed(N)
-    x = dlm.generate(model, 20000, N)
+    x = dlm.generate(model, 20000, N, order="ancestral")
     assert chi_square((x @ V ** torch.arange(L - 1, -1, -1)).bincount(minlength=V ** L), law) < 1
 
 
@@ -358,7 +358,7 @@ def test_branch_disagrees_as_it_must():
     x0 = torch.randint(10, (4000, 1))
     given = torch.cat([x0, torch.full((4000, 8), 10)], 1)
     for N, whole in [(2, 0.19), (4, 0.53), (8, 0.75), (16, 0.88)]:
-        y = dlm.generate(s, 4000, N, given)[:, 1:]
+        y = dlm.generate(s, 4000, N, given, order="ancestral")[:, 1:]
         assert abs((y == y[:, :1]).all(1).float().mean() - whole) < 0.03
 
 
