@@ -290,7 +290,7 @@ def n_step_law(model, N):
 
 
 @pytest.mark.parametrize("b", [1, 2, 3, 4])
-@pytest.mark.parametrize("N", [1, 2, 5])
+@pytest.mark.parametrize("N", [1, 2, 3])
 def test_ancestral_sampler_follows_its_law(b, N):
     model = random_model(b)
     law = n_step_law(model, N)
@@ -341,8 +341,12 @@ def test_temperature():
     model = random_model(4)
     greedy = [dlm.generate(model, 4, 4, order="confidence", temperature=0.0) for _ in range(2)]
     assert (greedy[0] == greedy[0][0]).all() and (greedy[0] == greedy[1]).all()
-    spread = [dlm.entropy(dlm.generate(model, 2000, 4, temperature=t)) for t in (0.3, 1.0, 3.0)]
-    assert spread[0] < spread[1] < spread[2]
+    hidden = torch.full((1, L), MASK)
+    p = (model(hidden, hidden) / 0.5).softmax(-1)[0]
+    torch.manual_seed(0)
+    x = dlm.generate(model, 5000, 1, temperature=0.5)
+    for i in range(L):
+        assert chi_square(x[:, i].bincount(minlength=V), p[i]) < 1
 
 
 def test_draw_is_exact_at_the_edges():

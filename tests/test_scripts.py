@@ -1,0 +1,636 @@
+"""The three scripts as a user meets them: what they write, what survives a kill, and what they say to bad input."""
+import dataclasses
+import errno
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import tiktoken
+import torch
+
+import distill
+import dlm
+import sample
+import train_teacher
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {"train": train_teacher, "distill": distill, "sample": sample}
+TEXT = "--data tiny.txt --tokenizer char"
+SIZE = "--context 16 --n_layer 1 --n_head 2 --n_embd 16 --batch_size 8"
+AR, JUDGE, TCS, MDLM = "runs/ar-tiny-char-s0", "runs/ar-tiny-char-s1", "runs/tcs-tiny-char-b4-s0", "runs/mdlm"
+SKIP_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+def write_text(path, words, n=20_000):
+    draw, text = random.Random(0), ""
+    while len(text) < n:
+        text += " ".join(draw.choices(words, k=draw.randint(3, 12))).capitalize() + ".\n"
+    Path(path).write_text(text)
+
+
+class Code:
+    """A pickle that would run a command when loaded."""
+    def __reduce__(self):
+        return os.mkdir, ("owned",)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder as a user has it after an hour: texts, teacher, judge, a student, a denoiser; and things gone wrong."""
+    root = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(root)
+        write_text("tiny.txt", "the of an object end statement value is not called with name expression".split())
+        write_text("other.txt", "12 345 6789 0".split())
+        for argv in (f"{TEXT} --steps 10", f"{TEXT} --steps 10 --seed 1",
+                     f"{TEXT} --steps 10 --objective mdlm --out {MDLM}",
+                     f"{TEXT} --steps 2 --context 8 --out runs/short", f"{TEXT} --steps 2 --n_embd 8 --out runs/thin",
+                     "--data other.txt --tokenizer char --steps 2 --out runs/other"):
+            train_teacher.main([*SIZE.split(), *argv.split()])
+        distill.main([*TEXT.split(), *"--block 4 --steps 10 --batch_size 8".split()])
+        ckpt = Path(AR, "checkpoint.pt").read_bytes()
+        for name, data in {"empty": b"", "binary": bytes(range(256)) * 99, "few": b"a few words\n", "cut": ckpt[:-1000],
+                           "half": ckpt[:len(ckpt) // 2], "noise": random.Random(0).randbytes(5000)}.items():
+            Path(name).write_bytes(data)
+        for name, data in {"dict": {"model": {}}, "list": [1], "tensor": torch.ones(3), "code": Code()}.items():
+            torch.save(data, name)
+        model, tokenizer, _ = dlm.load(AR, "")
+        dlm.save("bare", model, tokenizer, {})
+        Path("folder").mkdir()
+    return root
+
+
+@pytest.fixture
+def home(world, tmp_path, monkeypatch):
+    """One's own copy of it, to break."""
+    shutil.copytree(world, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def call(home, capsys):
+    """call("train", "--steps 3 ...", "one more argument") -> exit code, stdout, stderr."""
+    def call(script, argv="", *more):
+        capsys.readouterr()
+        code = 0
+        try:
+            dlm.run_script(SCRIPTS[script].main, [*argv.split(), *more])
+        except SystemExit as e:
+            code = e.code
+        return code, *capsys.readouterr()
+    return call
+
+
+@pytest.fixture
+def refused(call, home):
+    """The same for what must be refused: exit code 2, one line, and every file as it was. -> the line."""
+    def refused(script, argv="", *more):
+        before = files(home)
+        code, _, err = call(script, argv, *more)
+        assert code == 2 and re.fullmatch(r"error: [^\n]+\n", err), err
+        assert before.items() <= files(home).items()
+        return err
+    return refused
+
+
+def files(folder):
+    return {p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def metrics(folder):
+    return json.loads(Path(folder, "metrics.json").read_text(), parse_constant=pytest.fail)
+
+
+def end(folder, losses=True):
+    """All that a run left behind, without times and names: to be compared."""
+    ckpt = torch.load(Path(folder, "checkpoint.pt"), weights_only=True)
+    t = ckpt["trainer"]
+    t["history"] = [[step, val, loss if losses else 0] for step, _, loss, val in t["history"]]
+    del t["seconds"]
+    for name in ("out", "resume", "device"):
+        del ckpt["options"][name]
+    return ckpt
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def texts(out):
+    """The texts in what sample.py printed; each ends with the newline of its print."""
+    return [t[:-1] for t in re.split(r"--- \d+\n", out)[1:]]
+
+
+def start(script, argv, **how):
+    return subprocess.Popen([sys.executable, str(ROOT / script), *argv.split()], text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, **how)
+
+
+# --- what a run leaves -------------------------------------------------------------------------------------
+
+def test_from_nothing_to_samples_in_a_shell(tmp_path, world):
+    shutil.copy(world / "tiny.txt", tmp_path)
+
+    def shell(script, argv):
+        p = start(script, argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        out, err = p.communicate(timeout=120)
+        return p.returncode, out, err
+
+    for seed in (0, 1):
+        code, out, err = shell("train_teacher.py", f"{TEXT} {SIZE} --steps 10 --seed {seed}")
+        assert (code, err) == (0, "") and f"python sample.py --checkpoint runs/ar-tiny-char-s{seed}" in out
+    code, out, err = shell("distill.py", f"{TEXT} --block 4 --steps 10 --batch_size 8")
+    assert (code, err) == (0, "") and f"python sample.py --checkpoint {TCS}" in out
+    assert shell("sample.py", "--number 2")[:2] == shell("sample.py", f"--number 2 --checkpoint {TCS}")[:2]
+    assert shell("sample.py", "--number 0") == (2, "", "error: --number 0: must be 1 or more\n")
+    for run in (AR, JUDGE, TCS):
+        assert same(end(tmp_path / run), end(world / run))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_has_every_option_with_its_default(call, script):
+    code, out, err = call(script, "--help")
+    assert (code, err) == (0, "")
+    for f in dataclasses.fields(SCRIPTS[script].Options):
+        assert re.search(rf"^  --{f.name}\b", out, re.MULTILINE)
+        assert f"(default: {f.default})" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("run", [AR, TCS, MDLM])
+def test_metrics(world, monkeypatch, run):
+    monkeypatch.chdir(world)
+    m, (model, tokenizer, ckpt) = metrics(run), dlm.load(run, "")
+    text = dlm.load_text("tiny.txt", tokenizer, model.L)
+    assert m["options"] == ckpt["options"] and m["block"] == model.b == {AR: 1, TCS: 4, MDLM: 16}[run]
+    assert m["corpus"] == {"name": "tiny.txt", "sha256": text.sha256, "chars_per_token": 1}
+    assert {"python", "torch", "threads", "machine"} <= m["versions"].keys() and m["device"]
+    assert m["parameters"] == sum(p.numel() for p in model.parameters())
+    assert m["train_tokens"] == 10 * 8 * 16 and m["train_seconds"] > 0
+    assert [h[0] for h in m["history"]] == list(range(1, 11))
+    assert m["test_nats_per_char"] == m["test_nats_per_token"] < torch.tensor(tokenizer.V).log()
+    assert 0 < m["test_se"] < 1
+
+
+@pytest.mark.parametrize("run, repeats", [(AR, 1), (TCS, train_teacher.TEST_REPEATS), (MDLM, train_teacher.TEST_REPEATS)])
+def test_the_weights_in_a_checkpoint_are_those_that_were_measured(world, monkeypatch, run, repeats):
+    monkeypatch.chdir(world)
+    m, (model, tokenizer, ckpt) = metrics(run), dlm.load(run, "")
+    parts = dlm.load_text("tiny.txt", tokenizer, model.L).parts
+    test = dlm.bound(model, dlm.consecutive(parts["test"], model.L), repeats)
+    assert test == pytest.approx((m["test_nats_per_token"], m["test_se"]), rel=1e-5)
+    best = dlm.bound(model, dlm.consecutive(parts["val"], model.L, 256))[0]
+    assert best == pytest.approx(min(h[3] for h in ckpt["trainer"]["history"]), rel=1e-5)
+
+
+def test_table_of_a_student(world):
+    m = metrics(world / TCS)
+    held, teacher, *student = m["table"]
+    assert (held["what"], teacher["what"], teacher["calls"]) == ("held-out text", "AR teacher", 16)
+    assert held["known_words"] > 0.9
+    assert [r["calls"] for r in student if r["order"] == "confidence"] == [4 * r["steps"] for r in student[1:]]
+    for r in m["table"]:
+        assert r["judge_nll"] > 0 and 0 < r["entropy"] < r["bigram_entropy"] and 0 <= r["known_words"] <= 1
+    assert m["teacher"] == AR and (m["states"], m["target"]) == ("data", "topk")
+    assert m["samples"].keys() == {r["what"] for r in m["table"][1:]}
+    assert all(len(t) == 16 for four in m["samples"].values() for t in four)
+
+
+@pytest.mark.parametrize("picture", [f"{AR}/loss.png", f"{MDLM}/loss.png", f"{TCS}/loss.png", f"{TCS}/quality.png"])
+def test_figures_are_pictures(world, picture):
+    data = (world / picture).read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n") and data.endswith(b"IEND\xaeB`\x82") and len(data) > 5000
+
+
+def test_no_temporary_file_is_left(world):
+    assert not list(world.rglob("*.tmp"))
+    assert {p.name for p in (world / TCS).iterdir()} == {"checkpoint.pt", "metrics.json", "loss.png", "quality.png"}
+
+
+def test_seed_decides_the_weights(world, call):
+    for seed in (0, 1):
+        assert call("train", f"{TEXT} {SIZE} --steps 10 --seed {seed} --out again{seed}")[0] == 0
+    assert same(end("again0"), end(world / AR))
+    assert not same(end("again1")["weights"], end("again0")["weights"])
+
+
+@pytest.mark.parametrize("argv", [
+    "--method plain", "--method sequence", "--method prefix --divergence reverse", "--method tcs --divergence tvd",
+    "--states teacher --target grad", "--target exact --scored 99", "--target grad+topk --divergence mse",
+    "--block 5", "--block 16", "--block 0 --student random", f"--block 0 --student {MDLM}", f"--student {TCS}/checkpoint.pt",
+    f"--teacher {AR}/checkpoint.pt", "--student runs/thin-mdlm"])
+def test_every_kind_of_student_trains_and_writes(call, argv):
+    if "thin" in argv:
+        assert call("train", f"{TEXT} {SIZE} --n_embd 8 --objective mdlm --steps 2 --out runs/thin-mdlm")[0] == 0
+    code, _, err = call("distill", f"{TEXT} --steps 2 --batch_size 4 --block 4 --out run {argv}")
+    assert (code, err) == (0, "")
+    assert torch.tensor([r["judge_nll"] for r in metrics("run")["table"]]).isfinite().all()
+    code, out, _ = call("sample", "--checkpoint run --number 3")
+    assert code == 0 and [len(t) for t in texts(out)] == [16] * 3
+
+
+def test_block_need_not_divide_the_context_from_scratch(call):
+    assert call("train", f"{TEXT} {SIZE} --objective mdlm --block 5 --steps 2 --out run")[0] == 0
+    assert metrics("run")["block"] == 5
+
+
+def test_comparing_estimators_trains_nothing(call):
+    before = files("runs")
+    assert call("distill", f"{TEXT} --estimators --block 4 --out compared")[0] == 0
+    rows = {r["estimator"]: r for r in metrics("compared")["rows"]}
+    assert rows["exact"]["kl"] == pytest.approx(0, abs=1e-5) and rows["one-hot"]["tv"] > rows["topk, K=16"]["tv"] >= 0
+    assert Path("compared/estimators.png").read_bytes().startswith(b"\x89PNG")
+    assert not Path("compared/checkpoint.pt").exists() and files("runs") == before
+
+
+def test_what_is_missing_is_trained_first(home, call, monkeypatch):
+    shutil.move("runs", "kept")
+    asked = []
+
+    def train(o, ckpt=None):
+        asked.append(o)
+        folder = Path(f"runs/ar-tiny-char-s{o.seed}")
+        shutil.copytree(Path("kept") / folder.name, folder)
+        return folder
+
+    monkeypatch.setattr(train_teacher, "train", train)
+    assert call("distill", f"{TEXT} --block 4 --steps 2")[0] == 0
+    assert sorted((o.objective, o.data, o.tokenizer, o.seed) for o in asked) == [
+        ("ar", "tiny.txt", "char", 0), ("ar", "tiny.txt", "char", 1)]
+    assert Path(TCS, "metrics.json").exists()
+
+
+def test_output_that_cannot_show_every_character(call, monkeypatch):
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")  # a redirected stdout on Windows
+    monkeypatch.setattr(sys, "stdout", narrow)
+    assert call("distill", f"{TEXT} --block 4 --steps 2 --out run")[0] == 0
+
+
+# --- sample.py ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("run", [AR, TCS, MDLM])
+def test_same_seed_same_texts(call, run):
+    one, same_seed, other = (texts(call("sample", f"--checkpoint {run} --seed {s}")[1]) for s in (0, 0, 1))
+    assert one == same_seed != other and len(set(one)) == len(one) == 4
+
+
+@pytest.mark.parametrize("run", [AR, TCS, MDLM])
+@pytest.mark.parametrize("prompt", ["T", "The value ", "The value is ca", "The\nof", "__ __"[:2] + "_ of"])
+def test_prompt_stands_verbatim(call, run, prompt):
+    code, out, _ = call("sample", f"--checkpoint {run} --number 5 --prompt", prompt)
+    pattern = re.sub("_{3,}", lambda gap: f".{{{len(gap[0])}}}", prompt)
+    assert code == 0 and len(texts(out)) == 5
+    assert all(re.match(pattern, t, re.DOTALL) for t in texts(out))
+
+
+@pytest.mark.parametrize("run", [AR, TCS, MDLM])
+@pytest.mark.parametrize("prompt", ["The ____ of", "___", "T____e", "____ end", "The ___ is ___ e", "________________"])
+def test_gaps_are_filled_and_the_rest_is_kept(call, run, prompt):
+    code, out, _ = call("sample", f"--checkpoint {run} --number 5 --prompt", prompt)
+    pattern = re.sub("_+", lambda gap: f"[^_]{{{len(gap[0])}}}", prompt)
+    assert code == 0 and len(texts(out)) == 5
+    assert all(re.fullmatch(pattern, t) for t in texts(out))
+
+
+@pytest.mark.parametrize("run, prompt, noted", [(AR, "The ___ of", True), (TCS, "The ______ of", True), (TCS, "T___", False),
+                                                (MDLM, "The ___ of", False), (AR, "The ", False)])
+def test_a_note_where_the_right_side_is_not_seen(call, run, prompt, noted):
+    assert ("note:" in call("sample", f"--checkpoint {run} --prompt", prompt)[2]) == noted
+
+
+@pytest.mark.parametrize("run", [AR, TCS, MDLM])
+@pytest.mark.parametrize("argv, lengths", [("", [16] * 4), ("--number 1", [16]), ("--length 5", [5] * 4), ("--length 1", [1] * 4),
+                                           ("--length 9 --prompt The", [9] * 4), ("--length 9 --prompt T___", [9] * 4),
+                                           ("--steps 1", [16] * 4), ("--steps 50", [16] * 4), ("--order confidence", [16] * 4),
+                                           ("--order ancestral --temperature 0.5", [16] * 4)])
+def test_number_and_length(call, run, argv, lengths):
+    code, out, _ = call("sample", f"--checkpoint {run} {argv}")
+    assert code == 0 and [len(t) for t in texts(out)] == lengths
+
+
+@pytest.mark.parametrize("run", [AR, TCS])
+def test_temperature_0_leaves_nothing_to_chance(call, run):
+    drawn = [texts(call("sample", f"--checkpoint {run} --temperature 0 --order confidence --seed {s}")[1]) for s in (0, 1)]
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 1
+
+
+@pytest.mark.parametrize("run", [AR, TCS])
+def test_a_tiny_temperature_is_temperature_0(call, run):
+    drawn = [texts(call("sample", f"--checkpoint {run} --order confidence --temperature {t}")[1]) for t in ("0", "1e-300")]
+    assert drawn[0] == drawn[1]
+
+
+def test_newest_run_is_the_default(call):
+    os.utime(Path(MDLM, "checkpoint.pt"), (2e9, 2e9))
+    assert call("sample")[2].startswith(MDLM)
+
+
+def test_shipped_model_is_taken_where_there_are_no_runs(call, monkeypatch):
+    monkeypatch.setattr(sample, "SHIPPED", Path(shutil.move(AR, "shipped"), "checkpoint.pt"))
+    shutil.rmtree("runs")
+    assert call("sample")[2].startswith("shipped")
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_given_tokens_stand_out_on_a_terminal(call, monkeypatch, no_color):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1") if no_color else monkeypatch.delenv("NO_COLOR", raising=False)
+    out = call("sample", "--prompt", "The ___ of")[1]
+    assert ("\033[36mThe \033[0m" in out and "\033[36m of\033[0m" in out) != no_color
+
+
+# --- interrupted and resumed -------------------------------------------------------------------------------
+
+LONG = {"train": f"{TEXT} {SIZE} --steps 400", "distill": f"{TEXT} --block 4 --steps 120 --batch_size 8"}
+FILE = {"train": "train_teacher.py", "distill": "distill.py"}
+
+
+def changed(path, since):
+    return path.exists() and path.stat().st_mtime_ns != since
+
+
+def run_until_saved(script, argv, path, **how):
+    """Starts it and returns at the first checkpoint it writes, or at its end."""
+    since = path.stat().st_mtime_ns if path.exists() else None
+    p = start(FILE[script], argv, **how)
+    while p.poll() is None and not changed(path, since):
+        time.sleep(0.002)
+    return p
+
+
+@pytest.mark.parametrize("script", ["train", "distill"])
+def test_five_kills_change_nothing(call, script):
+    assert call(script, f"{LONG[script]} --out whole")[0] == 0
+    draw, argv, landed = random.Random(0), f"{LONG[script]} --out killed", 0
+    for _ in range(5):
+        p = run_until_saved(script, argv, Path("killed/checkpoint.pt"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(draw.uniform(0, 0.05))
+        p.kill()
+        landed += p.wait() == -signal.SIGKILL
+        argv = "--resume killed"
+    assert landed >= 2
+    assert call(script, argv)[0] == 0
+    assert same(end("killed"), end("whole"))
+    assert metrics("killed")["test_nats_per_token"] == metrics("whole")["test_nats_per_token"]
+
+
+@pytest.mark.parametrize("script", ["train", "distill"])
+def test_ctrl_c_saves_and_says_so(call, script):
+    assert call(script, f"{LONG[script]} --out whole")[0] == 0
+    p = run_until_saved(script, f"{LONG[script]} --out cut", Path("cut/checkpoint.pt"), stdout=subprocess.DEVNULL,
+                        stderr=subprocess.PIPE)
+    p.send_signal(signal.SIGINT)
+    err = p.communicate(timeout=60)[1]
+    assert p.returncode == 130 and "Traceback" not in err and err.strip()
+    assert 0 < end("cut")["trainer"]["step"] < end("whole")["trainer"]["step"]
+    assert call(script, "--resume cut")[0] == 0
+    assert same(end("cut", losses=False), end("whole", losses=False))
+
+
+def interrupt_at(monkeypatch, *steps):
+    """Ctrl-C during the update that follows each of these steps, once."""
+    update, left = dlm.Trainer.update, set(steps)
+
+    def interrupted(self, batch_loss):
+        if self.step in left:
+            left.remove(self.step)
+            signal.raise_signal(signal.SIGINT)
+        return update(self, batch_loss)
+
+    monkeypatch.setattr(dlm.Trainer, "update", interrupted)
+
+
+@pytest.mark.parametrize("steps", [[0], [3], [4], [29], [0, 1, 2, 17, 29]], ids=str)
+@pytest.mark.parametrize("losses", [False, True], ids=["weights", "training losses"])
+def test_ctrl_c_at_any_step_changes_nothing(call, monkeypatch, steps, losses):
+    argv = f"{TEXT} {SIZE} --steps 30 --dropout 0.1 --out"
+    assert call("train", f"{argv} whole")[0] == 0
+    interrupt_at(monkeypatch, *steps)
+    code, out, err = call("train", f"{argv} cut")
+    for step in steps[1:]:
+        assert code == 130
+        code, out, err = call("train", "--resume cut")
+    assert code == 130 and end("cut")["trainer"]["step"] == steps[-1] + 1
+    assert call("train", "--resume cut")[0] == 0
+    assert same(end("cut", losses), end("whole", losses))
+
+
+def test_ctrl_c_works_as_before_afterwards(call, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    interrupt_at(monkeypatch, 3)
+    assert call("train", f"{TEXT} {SIZE} --steps 9 --out cut")[0] == 130
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("script, busy", [("train", "load_text"), ("distill", "load_text"), ("sample", "generate")])
+def test_ctrl_c_outside_training(call, monkeypatch, script, busy):
+    monkeypatch.setattr(dlm, busy, lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    code, _, err = call(script, "" if script == "sample" else f"{TEXT} --out run")
+    assert code == 130 and err.endswith("interrupted\n") and "Traceback" not in err
+
+
+def test_distilling_goes_on_with_an_interrupted_teacher(world, call, monkeypatch):
+    for run in (AR, JUDGE, TCS):
+        shutil.rmtree(run)
+    interrupt_at(monkeypatch, 3)
+    for seed in (0, 1):
+        call("train", f"{TEXT} {SIZE} --steps 10 --seed {seed}")
+        interrupt_at(monkeypatch, 6)
+    assert end(AR)["trainer"]["step"] == 4 and end(JUDGE)["trainer"]["step"] == 7
+    monkeypatch.undo()
+    os.chdir(world.parent / Path.cwd().name) if not Path("tiny.txt").exists() else None
+    assert call("distill", f"{TEXT} --block 4 --steps 10 --batch_size 8")[0] == 0
+    for run in (AR, JUDGE, TCS):
+        assert same(end(run, losses=False), end(world / run, losses=False))
+
+
+@pytest.mark.parametrize("where", [AR, f"{AR}/checkpoint.pt"])
+def test_resuming_a_finished_run_reports_again(call, where):
+    before = end(AR), metrics(AR)["test_nats_per_token"]
+    os.remove(f"{AR}/metrics.json")
+    assert call("train", f"--resume {where}")[0] == 0
+    assert same(before, (end(AR), metrics(AR)["test_nats_per_token"]))
+
+
+def test_a_run_is_replaced_only_if_asked(call, refused):
+    assert "--out" in refused("train", f"{TEXT} {SIZE} --steps 3")
+    assert "--out" in refused("distill", f"{TEXT} --block 4 --steps 3")
+    assert call("train", f"{TEXT} {SIZE} --steps 3 --overwrite")[0] == 0
+    assert metrics(AR)["options"]["steps"] == end(AR)["trainer"]["step"] == 3
+
+
+# --- a full disk -------------------------------------------------------------------------------------------
+
+def fill_disk(monkeypatch, how, after=0):
+    """From its call number `after` on, `how` finds no space left."""
+    calls = [0]
+
+    def full(*_):
+        calls[0] += 1
+        if calls[0] > after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Full(io.FileIO):
+        def write(self, data):
+            super().write(bytes(data)[:100])
+            full()
+            return super().write(bytes(data)[100:])
+
+    if how == "write":
+        monkeypatch.setattr(dlm, "open", lambda path, mode: Full(path, mode), raising=False)
+    else:
+        monkeypatch.setattr(os, how, full)
+
+
+@pytest.mark.parametrize("how", ["fsync", "write", "replace"])
+@pytest.mark.parametrize("script, argv", [("train", f"{TEXT} {SIZE} --steps 3 --overwrite"),
+                                          ("distill", f"{TEXT} --block 4 --steps 3 --overwrite"),
+                                          ("distill", f"--resume {TCS}")])
+def test_no_space_left(refused, home, monkeypatch, script, argv, how):
+    fill_disk(monkeypatch, how)
+    before = files(home)
+    assert re.search(r"--out.*No space left", refused(script, argv))
+    assert files(home) == before
+
+
+@pytest.mark.parametrize("after", [1, 4, 9, 10, 11])
+def test_disk_that_fills_up_during_a_run_costs_nothing_saved(world, call, monkeypatch, after):
+    with monkeypatch.context() as m:
+        fill_disk(m, "fsync", after)
+        code, _, err = call("train", f"{TEXT} {SIZE} --steps 10 --out run")
+    assert code == 2 and "--out" in err and end("run")["trainer"]["step"] == min(10, after)
+    assert call("train", "--resume run")[0] == 0
+    assert same(end("run"), end(world / AR)) and not list(Path("run").glob("*.tmp"))
+
+
+# --- bad input ---------------------------------------------------------------------------------------------
+
+NO_TEXT = ["nowhere.txt", "empty", "binary", "few", "folder", AR + "/checkpoint.pt", "x" * 300]
+NO_CHECKPOINT = ["nowhere", "empty", "binary", "few", "cut", "half", "noise", "dict", "list", "tensor", "code", "folder",
+                 "tiny.txt", "x" * 300]
+OPTION = {"train": ["--resume"], "distill": ["--resume", "--teacher", "--student"], "sample": ["--checkpoint"]}
+
+COMMON = ["--nonsense 1", "--see 1", "--seed x", "--seed -1", "--seed 1.5", "--seed 99999999999999999999999", "--seed",
+          "--device foo", "--device CPU"]
+TRAIN = ["--n_layer 0", "--n_head 0", "--n_head -2", "--n_embd 0", "--context 0", "--context 1", "--context -5",
+         "--context 100000", "--steps 0", "--steps -1", "--steps 1e3", "--batch_size 0", "--batch_size -8", "--lr nan",
+         "--lr -1", "--lr inf", "--lr fast", "--dropout 1", "--dropout 1.5", "--dropout nan", "--dropout -0.1",
+         "--n_embd 10 --n_head 4", "--n_embd 6 --n_head 2", "--n_embd 2 --n_head 4", "--block -1",
+         "--block 17 --objective mdlm", "--objective mlm", "--tokenizer word", "--tokenizer bpe:255", "--tokenizer bpe:x",
+         "--tokenizer gpt2:4", "--tokenizer a/b", "--out tiny.txt", "--out tiny.txt/run", "--out " + "x" * 300]
+DISTILL = ["--method tsc", "--states texts", "--target top", "--divergence kl", "--divergence reverse", "--block 17",
+           "--block 1", "--block -4", "--scored 0", "--steps 0", "--batch_size 0", "--lr nan", "--tokenizer word",
+           f"--teacher {TCS}", f"--teacher {MDLM}", "--teacher runs/other", "--teacher runs/short", "--student runs/other",
+           "--student runs/short", "--student teacher", "--out tiny.txt"]
+SAMPLE = ["--length 17", "--length -1", "--number 0", "--number -1", "--steps -1", "--temperature nan", "--temperature -1",
+          "--temperature inf", "--order left", "--prompt TheTheTheTheTheThe", "--prompt Thethethethethet",
+          "--prompt ____________the____", "--prompt The_of", "--prompt Théorème", "--prompt 42", "--length 2 --prompt The",
+          "--length 4 --prompt The____"]
+
+
+def names(argv):
+    """What the error must name: the first option, whose value is wrong."""
+    return argv.split()[0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("argv", COMMON)
+def test_option_that_is_wrong_everywhere(refused, script, argv):
+    assert names(argv) in refused(script, argv)
+
+
+@pytest.mark.parametrize("argv", TRAIN)
+def test_option_that_is_wrong_in_training(refused, argv):
+    assert names(argv) in refused("train", f"{TEXT} {SIZE} --steps 2 --out run {argv}")
+
+
+@pytest.mark.parametrize("argv", DISTILL)
+def test_option_that_is_wrong_in_distilling(refused, monkeypatch, argv):
+    monkeypatch.setattr(dlm.Trainer, "fit", lambda *_: pytest.fail("trained before it looked"))
+    error = refused("distill", f"{TEXT} --block 4 --steps 2 --out run {argv}")
+    assert names(argv) in error
+
+
+@pytest.mark.parametrize("argv", SAMPLE)
+def test_option_that_is_wrong_in_sampling(refused, argv):
+    assert argv.split()[-2] in refused("sample", argv) or names(argv) in refused("sample", argv)
+
+
+@SKIP_CUDA
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_gpu(refused, script):
+    assert re.search("--device cuda.*cpu", refused(script, "--device cuda"))
+
+
+@pytest.mark.parametrize("script", ["train", "distill"])
+@pytest.mark.parametrize("name", NO_TEXT, ids=lambda n: n[:20])
+def test_no_text(refused, script, name):
+    teacher = f"--teacher {AR}" if script == "distill" else SIZE
+    assert f"--data {name}" in refused(script, f"--tokenizer char --data {name} {teacher}")
+
+
+@pytest.mark.parametrize("script, option", [(s, o) for s in SCRIPTS for o in OPTION[s]])
+@pytest.mark.parametrize("name", NO_CHECKPOINT, ids=lambda n: n[:20])
+def test_no_checkpoint(refused, script, option, name):
+    rest = f"{TEXT} --block 4 --out run" if option in ("--teacher", "--student") else ""
+    assert f"{option} {name}" in refused(script, f"{option} {name} {rest}")
+    assert not Path("owned").exists()
+
+
+@pytest.mark.parametrize("script, argv", [("train", f"--resume {TCS}"), ("distill", f"--resume {AR}"), ("train", "--resume bare"),
+                                          ("distill", "--resume bare"), ("train", f"--steps 20 --resume {AR}"),
+                                          ("distill", f"--resume={TCS} --lr=1")])
+def test_what_cannot_be_resumed(refused, script, argv):
+    assert names(argv).split("=")[0] in refused(script, argv)
+
+
+@pytest.mark.parametrize("run, role", [(AR, "--teacher"), (JUDGE, JUDGE)])
+def test_broken_teacher_or_judge_that_was_found_not_given(refused, monkeypatch, run, role):
+    monkeypatch.setattr(dlm.Trainer, "fit", lambda *_: pytest.fail("trained before it looked"))
+    shutil.copy("half", f"{run}/checkpoint.pt")
+    error = refused("distill", f"{TEXT} --block 4 --out run")
+    assert role in error and run in error
+    options = {"--" + f.name for f in dataclasses.fields(distill.Options)}
+    assert set(re.findall(r"--\w+", error)) <= options
+
+
+def test_nothing_to_sample_from(refused, monkeypatch):
+    monkeypatch.setattr(sample, "SHIPPED", Path("nowhere.pt"))
+    shutil.rmtree("runs")
+    assert "--checkpoint" in refused("sample")
+
+
+@pytest.mark.parametrize("script", ["train", "distill"])
+def test_no_network(refused, monkeypatch, tmp_path, script):
+    def offline(*_, **__):
+        raise urllib.error.URLError("unreachable")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    assert re.search("--data shakespeare.*no network", refused(script, "--data shakespeare"))
+    assert re.search("--tokenizer gpt2.*TIKTOKEN_CACHE_DIR", refused(script, "--data tiny.txt --tokenizer gpt2"))
+
+
+@pytest.mark.parametrize("script, argv", [("train", "--data nowhere.txt"), ("train", f"{TEXT} --tokenizer a/b"),
+                                          ("train", f"{TEXT} --n_embd 10 --n_head 4"), ("distill", f"{TEXT} --block 99")])
+def test_what_is_refused_leaves_no_folder_behind(refused, home, script, argv):
+    before = sorted(home.rglob("*"))
+    refused(script, argv)
+    assert sorted(home.rglob("*")) == before
