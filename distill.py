@@ -7,6 +7,7 @@ A method is a pair: which states the student trains on, and which target it aims
 either half, so every control is one word away.
 """
 import dataclasses
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -60,11 +61,14 @@ class Options:
 def ar_model(o, seed, role):
     """The folder of the AR model with this seed: found in runs/, gone on with if it was interrupted, or trained."""
     t = train_teacher.Options(data=o.data, tokenizer=o.tokenizer, seed=seed, device=o.device)
-    folder = Path(f"runs/ar-{Path(o.data).stem}-{o.tokenizer.replace(':', '')}-s{seed}")
+    folder = Path("runs") / train_teacher.run_name(t, "ar")
     if not (folder / "checkpoint.pt").exists():
         print(f"no {role} in {folder} yet, so it is trained first", flush=True)
         return train_teacher.train(t)
-    ckpt = dlm.load(folder, f"--{role}")[2]
+    ckpt = dlm.load(folder, "--teacher" if role == "teacher" else f"the {role},")[2]
+    if os.path.abspath(ckpt["options"]["data"]) != os.path.abspath(o.data):
+        raise UserError(f"--data {o.data}: the {role} in {folder} was trained on {ckpt['options']['data']}, which has the "
+                        "same name; rename one")
     if ckpt["trainer"] and ckpt["trainer"]["step"] < ckpt["options"]["steps"]:
         print(f"the {role} in {folder} was interrupted and goes on first", flush=True)
         options = {**ckpt["options"], "out": str(folder), "resume": str(folder), "device": o.device}
@@ -200,18 +204,19 @@ def main(argv=None):
     states, target = (given or own for given, own in zip((o.states, o.target), METHODS[o.method]))
     if o.divergence == "reverse" and target != "prefix":
         raise UserError("--divergence reverse: infinite where the target is one-hot; use forward, tvd or mse")
-    name = f"{'estimators' if o.estimators else o.method if (states, target) == METHODS[o.method] else states + '-' + target}-{Path(o.data).stem}"
-    folder = train_teacher.folder_of(o, f"{name}-{o.tokenizer.replace(':', '')}-b{o.block}-s{o.seed}")
+    what = "estimators" if o.estimators else o.method if (states, target) == METHODS[o.method] else f"{states}-{target}"
+    folder = train_teacher.folder_of(o, train_teacher.run_name(o, what, f"-b{o.block}"))
     path, teacher, tokenizer, student = load_models(o, ckpt, device)
     text = dlm.load_text(o.data, tokenizer, teacher.L)
     if o.estimators:
         return compare_estimators(o, folder, teacher, text, student.b)
+    judge_path = ar_model(o, 1, "judge")
+    judge, its_tokenizer, _ = dlm.load(judge_path, "the judge,", device)
+    same_vocabulary(f"--teacher {path}", tokenizer, teacher, f"the judge, {judge_path}", its_tokenizer, judge)
     ids = text.parts["train"].to(device)
     trainer = train_teacher.fit(o, folder, student, text, make_batch_loss(o, states, target, teacher, student.b, ids),
                                 o.lr, ckpt, folder.name)
     model = trainer.averaged()
-    judge, its_tokenizer, _ = dlm.load(ar_model(o, 1, "judge"), "--judge", device)
-    same_vocabulary("the judge", its_tokenizer, judge, "the teacher", tokenizer, teacher)
     rows, samples = evaluate(model, teacher, judge, text, device)
     train_teacher.report(o, folder, trainer, model, text, teacher=str(path), states=states, target=target, table=rows,
                          samples=samples)

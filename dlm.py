@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import http.client
 import io
 import json
 import math
@@ -68,8 +69,8 @@ def shakespeare():
     if not path.exists():
         try:
             data = urllib.request.urlopen(url, timeout=30).read()
-        except OSError as e:
-            raise UserError(f"--data shakespeare: no network ({e}); put the file at {path}, or use --data docs") from None
+        except (OSError, http.client.HTTPException) as e:
+            raise UserError(f"--data shakespeare: no network ({e!r}); put the file at {path}, or use --data docs") from None
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, lambda f: f.write(data))
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
@@ -107,7 +108,7 @@ def split_corpus(name):
                 cuts.append(end if end - cuts[-1] < 2 * CHUNK else cuts[-1] + CHUNK)
         chunks = [text[i:j] for i, j in zip(cuts, cuts[1:] + [len(text)]) if i < j]
     if len(chunks) < 3:
-        raise UserError(f"--data {name}: too short ({sum(map(len, chunks))} characters); {3 * CHUNK} or more are needed")
+        raise UserError(f"--data {name}: too short ({sum(map(len, chunks))} characters); {6 * CHUNK} or more are enough")
     random.Random(0).shuffle(chunks)
     n = max(1, len(chunks) // 20)
     return {"val": "".join(chunks[:n]), "test": "".join(chunks[n:2 * n]), "train": "".join(chunks[2 * n:])}
@@ -181,7 +182,7 @@ class Tokenizer:
         """spec: `char`, `bpe` (1024 tokens), `bpe:SIZE` or `gpt2`; text: the training part of the corpus."""
         kind, _, size = spec.partition(":")
         if kind == "bpe":
-            if size and not (size.isdigit() and int(size) >= 256):
+            if size and not (size.isdecimal() and int(size) >= 256):
                 raise UserError(f"--tokenizer {spec}: the size is a number from 256 up")
             return Tokenizer("bpe", [t.decode("latin-1") for t in train_bpe(text, int(size or 1024))])
         return Tokenizer(spec, sorted(set(text)) if spec == "char" else ())
@@ -686,7 +687,7 @@ def sample(model, z, steps, order=None, temperature=1.0):
                     rank = sure.argsort(-1, descending=True).argsort(-1)
                     upto = (total * (n + 1) + steps - 1) // steps            # revealed after this step, of `total`
                     reveal = hidden & (rank < upto - (total - hidden.sum(1, keepdim=True)))
-                x = logp.argmax(-1) if temperature == 0 else draw((logp / temperature).softmax(-1), u[:, start:stop])
+                x = logp.argmax(-1) if temperature < 1e-6 else draw((logp / temperature).softmax(-1), u[:, start:stop])
                 z[:, start:stop] = torch.where(reveal, x, z[:, start:stop])
                 hidden = hidden & ~reveal
             yield z.clone()
@@ -829,18 +830,19 @@ class Trainer:
         self.rates = [lr, lr * self.ADAM]
         self.ema = {k: v.clone() for k, v in model.state_dict().items()}
         self.best, self.history = None, []     # [step, seconds, training loss, validation bound]
+        self.loss_sum = 0.0                    # since the last line of the history
 
     def state(self):
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         return {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
                 "ema": self.ema, "best": self.best, "history": self.history, "step": self.step,
-                "seconds": self.seconds, "rng": torch.get_rng_state(), "cuda_rng": cuda}
+                "loss_sum": float(self.loss_sum), "seconds": self.seconds, "rng": torch.get_rng_state(), "cuda_rng": cuda}
 
     def load(self, state):
         self.model.load_state_dict(state["model"])
         for o, s in zip(self.optimizers, state["optimizers"]):
             o.load_state_dict(s)
-        for k in ("ema", "best", "history", "step", "seconds"):
+        for k in ("ema", "best", "history", "step", "loss_sum", "seconds"):
             setattr(self, k, state[k])
         torch.set_rng_state(state["rng"].cpu())
         if state["cuda_rng"] is not None and torch.cuda.is_available():
@@ -884,14 +886,14 @@ class Trainer:
         """Trains to the last step. batch_loss() draws a batch and returns its loss; val (n, L) chooses the weights;
         save() is called after every evaluation and on Ctrl-C, which is honoured between two steps."""
         print(f"{name}: about {self.estimate(batch_loss) / 60:.1f} minutes", flush=True)
-        every, loss_sum, interrupted = max(1, self.steps // evaluations), 0.0, []
+        every, interrupted = max(1, self.steps // evaluations), []
         bar = tqdm(total=self.steps, initial=self.step, desc=name, unit="step", mininterval=0.5, disable=None)
         before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
         start, self.model = time.time() - self.seconds, self.model.train()
         try:
             while self.step < self.steps:
                 value = self.update(batch_loss)
-                loss_sum = loss_sum + value
+                self.loss_sum = self.loss_sum + value
                 bar.update()
                 if self.step % 10 == 0:
                     bar.set_postfix(loss=f"{float(value):.3f}", val=f"{self.history[-1][3]:.3f}" if self.history else "-")
@@ -900,8 +902,8 @@ class Trainer:
                     self.seconds = time.time() - start
                     if not self.history or value < min(h[3] for h in self.history):
                         self.best = {k: v.clone() for k, v in self.ema.items()}
-                    self.history.append([self.step, self.seconds, float(loss_sum) / n, value])
-                    loss_sum = 0.0
+                    self.history.append([self.step, self.seconds, float(self.loss_sum) / n, value])
+                    self.loss_sum = 0.0
                     save()
                 if interrupted:
                     self.seconds = time.time() - start
@@ -947,11 +949,14 @@ def save(path, model, tokenizer, options, trainer=None, weights=None):
 def load(path, option, device="cpu"):
     """-> model in eval mode (with `weights`), tokenizer, the whole checkpoint. A folder stands for its checkpoint.pt."""
     path = Path(path)
-    path = path / "checkpoint.pt" if path.is_dir() else path
-    if not path.exists():
-        raise UserError(f"{option} {path}: there is no such checkpoint; train one with train_teacher.py or distill.py")
     try:
-        ckpt = torch.load(path, map_location=device, weights_only=True)
+        path = path / "checkpoint.pt" if path.is_dir() else path
+        data = path.read_bytes()
+    except OSError as e:
+        raise UserError(f"{option} {path}: there is no such checkpoint ({e.strerror}); train one with train_teacher.py "
+                        "or distill.py") from None
+    try:
+        ckpt = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
     except Exception:  # a broken file can fail in many ways inside torch.load
         raise UserError(f"{option} {path}: corrupt, or not a checkpoint; delete it or name another") from None
     if not isinstance(ckpt, dict) or ckpt.get("format") != FORMAT:
@@ -998,13 +1003,16 @@ def parse(cls, argv=None, doc=None):
     o = cls(**vars(p.parse_args(argv)))
     for f in dataclasses.fields(cls):
         low, value = f.metadata["at_least"], getattr(o, f.name)
-        if low is not None and not (low <= value < math.inf):
-            raise UserError(f"--{f.name} {value}: must be {low} or more")
+        if low is not None and not (low <= value < 2 ** 63):
+            raise UserError(f"--{f.name} {value}: must be {f'{low} or more' if not value >= 2 ** 63 else 'below 2^63'}")
     return o
 
 
 def run_script(main, argv=None):
     """Runs main(argv) and turns what the user can mend into one line and exit code 2, Ctrl-C into 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")      # a terminal that cannot show a character shows ?
     try:
         main(argv)
     except UserError as e:

@@ -15,7 +15,7 @@ import torch
 import dlm
 from dlm import UserError, option
 
-SHIPPED = Path(__file__).parent / "assets" / "dlm-docs-char.pt"  # a small trained model, so that something shows at once
+SHIPPED = Path(__file__).parent / "assets" / "dlm-docs.pt"  # a small trained model, so that something shows at once
 
 
 @dataclass
@@ -46,7 +46,8 @@ def read_prompt(o, model, tokenizer):
     z = torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
     length = o.length or (len(z) if (z == model.V).any() else model.L)
     if length > model.L:
-        raise UserError(f"--length {length}: longer than the model's context of {model.L} tokens; ask for less")
+        raise UserError(f"{f'--length {length}' if o.length else '--prompt'}: {length} tokens, more than the model's context "
+                        f"of {model.L}; ask for less")
     if len(z) > length or (len(z) == length and not (z == model.V).any()):
         raise UserError(f"--prompt: {len(z)} tokens leave no room in {length}; shorten it, or leave a ___ gap")
     return torch.cat([z, torch.full((length - len(z),), model.V)])

@@ -45,16 +45,21 @@ class Options:
     overwrite: bool = option(False, "replace the run that is in the folder")
 
 
+def run_name(o, what, block=""):
+    """Such as ar-docs-bpe512-s0 or tcs-docs-bpe512-b4-s0."""
+    return f"{what}-{Path(o.data).stem[:40]}-{o.tokenizer.replace(':', '')}{block}-s{o.seed}"
+
+
 def folder_of(o, name):
     """The run's folder; refuses one that holds a run already, unless asked."""
     folder = Path(o.out or f"runs/{name}")
-    if (folder / "checkpoint.pt").exists() and not (o.overwrite or o.resume):
+    try:
+        taken = (folder / "checkpoint.pt").exists()
+    except OSError as e:
+        raise UserError(f"--out {folder}: cannot be used ({e.strerror}); name another folder") from None
+    if taken and not (o.overwrite or o.resume):
         raise UserError(f"--out {folder}: holds a run already; --resume {folder} goes on with it, --overwrite replaces "
                         "it, or name another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out {folder}: cannot be made ({e.strerror}); name another folder") from None
     return folder
 
 
@@ -64,18 +69,24 @@ def resumed(o, argv):
         return o, None
     given = [a for a in argv if a.startswith("--") and a.split("=")[0] not in ("--resume", "--device")]
     if given:
-        raise UserError(f"{given[0]}: a resumed run keeps the options it was started with; leave this one out")
+        raise UserError(f"{given[0]}: with --resume a run keeps the options it was started with; leave this one out")
     ckpt = dlm.load(o.resume, "--resume")[2]
+    folder = o.resume if Path(o.resume).is_dir() else str(Path(o.resume).parent)
     if ckpt["trainer"] is None or set(ckpt["options"]) != {f.name for f in dataclasses.fields(o)}:
         raise UserError(f"--resume {o.resume}: not a training run of this script")
-    return type(o)(**{**ckpt["options"], "out": o.resume, "resume": o.resume, "device": o.device}), ckpt
+    return type(o)(**{**ckpt["options"], "out": folder, "resume": folder, "device": o.device}), ckpt
 
 
 def fit(o, folder, model, text, batch_loss, lr, ckpt, name):
     """Trains `model` into `folder` -> the Trainer. batch_loss(student) draws a batch and returns its loss."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out {folder}: cannot be made ({e.strerror}); name another folder") from None
     device = model.embedding.weight.device
     student = torch.compile(model) if device.type == "cuda" else model
     trainer = dlm.Trainer(model, o.steps, lr)
+    torch.manual_seed(o.seed)   # here too: what was trained before in this process must not matter
     if ckpt:
         trainer.load(ckpt["trainer"])
     val = dlm.consecutive(text.parts["val"], model.L, 256).to(device)
@@ -124,7 +135,7 @@ def save_figure(fig, path):
 
 def train(o, ckpt=None):
     """Trains by the options -> the run's folder."""
-    folder = folder_of(o, f"{o.objective}-{Path(o.data).stem}-{o.tokenizer.replace(':', '')}-s{o.seed}")
+    folder = folder_of(o, run_name(o, o.objective))
     device = dlm.pick_device(o.device)
     text = dlm.load_text(o.data, dlm.Tokenizer(**ckpt["tokenizer"]) if ckpt else o.tokenizer, o.context)
     b = 1 if o.objective == "ar" else o.block or o.context

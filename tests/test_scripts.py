@@ -29,6 +29,7 @@ SCRIPTS = {"train": train_teacher, "distill": distill, "sample": sample}
 TEXT = "--data tiny.txt --tokenizer char"
 SIZE = "--context 16 --n_layer 1 --n_head 2 --n_embd 16 --batch_size 8"
 AR, JUDGE, TCS, MDLM = "runs/ar-tiny-char-s0", "runs/ar-tiny-char-s1", "runs/tcs-tiny-char-b4-s0", "runs/mdlm"
+UNIX = pytest.mark.skipif(os.name == "nt", reason="Windows has other signals")
 SKIP_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
@@ -148,20 +149,21 @@ def start(script, argv, **how):
 
 def test_from_nothing_to_samples_in_a_shell(tmp_path, world):
     shutil.copy(world / "tiny.txt", tmp_path)
+    shutil.copytree(world / JUDGE, tmp_path / JUDGE)
 
     def shell(script, argv):
         p = start(script, argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         out, err = p.communicate(timeout=120)
         return p.returncode, out, err
 
-    for seed in (0, 1):
-        code, out, err = shell("train_teacher.py", f"{TEXT} {SIZE} --steps 10 --seed {seed}")
-        assert (code, err) == (0, "") and f"python sample.py --checkpoint runs/ar-tiny-char-s{seed}" in out
+    code, out, err = shell("train_teacher.py", f"{TEXT} {SIZE} --steps 10")
+    assert (code, err) == (0, "") and f"python sample.py --checkpoint {AR}" in out
     code, out, err = shell("distill.py", f"{TEXT} --block 4 --steps 10 --batch_size 8")
     assert (code, err) == (0, "") and f"python sample.py --checkpoint {TCS}" in out
-    assert shell("sample.py", "--number 2")[:2] == shell("sample.py", f"--number 2 --checkpoint {TCS}")[:2]
+    code, out, err = shell("sample.py", "--number 2")
+    assert code == 0 and err.startswith(TCS) and len(texts(out)) == 2
     assert shell("sample.py", "--number 0") == (2, "", "error: --number 0: must be 1 or more\n")
-    for run in (AR, JUDGE, TCS):
+    for run in (AR, TCS):
         assert same(end(tmp_path / run), end(world / run))
 
 
@@ -189,12 +191,12 @@ def test_metrics(world, monkeypatch, run):
     assert 0 < m["test_se"] < 1
 
 
-@pytest.mark.parametrize("run, repeats", [(AR, 1), (TCS, train_teacher.TEST_REPEATS), (MDLM, train_teacher.TEST_REPEATS)])
-def test_the_weights_in_a_checkpoint_are_those_that_were_measured(world, monkeypatch, run, repeats):
+@pytest.mark.parametrize("run", [AR, TCS, MDLM])
+def test_the_weights_in_a_checkpoint_are_those_that_were_measured(world, monkeypatch, run):
     monkeypatch.chdir(world)
     m, (model, tokenizer, ckpt) = metrics(run), dlm.load(run, "")
     parts = dlm.load_text("tiny.txt", tokenizer, model.L).parts
-    test = dlm.bound(model, dlm.consecutive(parts["test"], model.L), repeats)
+    test = dlm.bound(model, dlm.consecutive(parts["test"], model.L), 1 if run == AR else train_teacher.TEST_REPEATS)
     assert test == pytest.approx((m["test_nats_per_token"], m["test_se"]), rel=1e-5)
     best = dlm.bound(model, dlm.consecutive(parts["val"], model.L, 256))[0]
     assert best == pytest.approx(min(h[3] for h in ckpt["trainer"]["history"]), rel=1e-5)
@@ -234,9 +236,10 @@ def test_seed_decides_the_weights(world, call):
 @pytest.mark.parametrize("argv", [
     "--method plain", "--method sequence", "--method prefix --divergence reverse", "--method tcs --divergence tvd",
     "--states teacher --target grad", "--target exact --scored 99", "--target grad+topk --divergence mse",
-    "--block 5", "--block 16", "--block 0 --student random", f"--block 0 --student {MDLM}", f"--student {TCS}/checkpoint.pt",
-    f"--teacher {AR}/checkpoint.pt", "--student runs/thin-mdlm"])
-def test_every_kind_of_student_trains_and_writes(call, argv):
+    "--block 5", "--block 16", "--block 0 --student random", f"--block 0 --student {MDLM}",
+    f"--student {TCS}/checkpoint.pt", f"--teacher {AR}/checkpoint.pt", "--student runs/thin-mdlm"])
+def test_every_kind_of_student_trains_and_writes(call, monkeypatch, argv):
+    monkeypatch.setattr(train_teacher, "save_figure", lambda fig, path: train_teacher.plt.close(fig))  # they are slow
     if "thin" in argv:
         assert call("train", f"{TEXT} {SIZE} --n_embd 8 --objective mdlm --steps 2 --out runs/thin-mdlm")[0] == 0
     code, _, err = call("distill", f"{TEXT} --steps 2 --batch_size 4 --block 4 --out run {argv}")
@@ -292,7 +295,7 @@ def test_same_seed_same_texts(call, run):
 
 
 @pytest.mark.parametrize("run", [AR, TCS, MDLM])
-@pytest.mark.parametrize("prompt", ["T", "The value ", "The value is ca", "The\nof", "__ __"[:2] + "_ of"])
+@pytest.mark.parametrize("prompt", ["T", "The value ", "The value is ca", "The\nof", "___ of"])
 def test_prompt_stands_verbatim(call, run, prompt):
     code, out, _ = call("sample", f"--checkpoint {run} --number 5 --prompt", prompt)
     pattern = re.sub("_{3,}", lambda gap: f".{{{len(gap[0])}}}", prompt)
@@ -309,17 +312,17 @@ def test_gaps_are_filled_and_the_rest_is_kept(call, run, prompt):
     assert all(re.fullmatch(pattern, t) for t in texts(out))
 
 
-@pytest.mark.parametrize("run, prompt, noted", [(AR, "The ___ of", True), (TCS, "The ______ of", True), (TCS, "T___", False),
-                                                (MDLM, "The ___ of", False), (AR, "The ", False)])
+@pytest.mark.parametrize("run, prompt, noted", [(AR, "The ___ of", True), (TCS, "The ______ of", True),
+                                                (TCS, "T___", False), (MDLM, "The ___ of", False), (AR, "The ", False)])
 def test_a_note_where_the_right_side_is_not_seen(call, run, prompt, noted):
     assert ("note:" in call("sample", f"--checkpoint {run} --prompt", prompt)[2]) == noted
 
 
 @pytest.mark.parametrize("run", [AR, TCS, MDLM])
-@pytest.mark.parametrize("argv, lengths", [("", [16] * 4), ("--number 1", [16]), ("--length 5", [5] * 4), ("--length 1", [1] * 4),
-                                           ("--length 9 --prompt The", [9] * 4), ("--length 9 --prompt T___", [9] * 4),
-                                           ("--steps 1", [16] * 4), ("--steps 50", [16] * 4), ("--order confidence", [16] * 4),
-                                           ("--order ancestral --temperature 0.5", [16] * 4)])
+@pytest.mark.parametrize("argv, lengths", [
+    ("", [16] * 4), ("--number 1", [16]), ("--length 5", [5] * 4), ("--length 1", [1] * 4), ("--steps 1", [16] * 4),
+    ("--length 9 --prompt The", [9] * 4), ("--length 9 --prompt T___", [9] * 4), ("--steps 50", [16] * 4),
+    ("--order confidence", [16] * 4), ("--order ancestral --temperature 0.5", [16] * 4)])
 def test_number_and_length(call, run, argv, lengths):
     code, out, _ = call("sample", f"--checkpoint {run} {argv}")
     assert code == 0 and [len(t) for t in texts(out)] == lengths
@@ -327,14 +330,15 @@ def test_number_and_length(call, run, argv, lengths):
 
 @pytest.mark.parametrize("run", [AR, TCS])
 def test_temperature_0_leaves_nothing_to_chance(call, run):
-    drawn = [texts(call("sample", f"--checkpoint {run} --temperature 0 --order confidence --seed {s}")[1]) for s in (0, 1)]
-    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 1
+    argv = f"--checkpoint {run} --temperature 0 --order confidence --seed"
+    drawn = texts(call("sample", f"{argv} 0")[1]) + texts(call("sample", f"{argv} 1")[1])
+    assert len(drawn) == 8 and len(set(drawn)) == 1
 
 
 @pytest.mark.parametrize("run", [AR, TCS])
 def test_a_tiny_temperature_is_temperature_0(call, run):
-    drawn = [texts(call("sample", f"--checkpoint {run} --order confidence --temperature {t}")[1]) for t in ("0", "1e-300")]
-    assert drawn[0] == drawn[1]
+    argv = f"--checkpoint {run} --order confidence --temperature"
+    assert texts(call("sample", f"{argv} 0")[1]) == texts(call("sample", f"{argv} 1e-6")[1])
 
 
 def test_newest_run_is_the_default(call):
@@ -358,7 +362,7 @@ def test_given_tokens_stand_out_on_a_terminal(call, monkeypatch, no_color):
 
 # --- interrupted and resumed -------------------------------------------------------------------------------
 
-LONG = {"train": f"{TEXT} {SIZE} --steps 400", "distill": f"{TEXT} --block 4 --steps 120 --batch_size 8"}
+LONG = {"train": f"{TEXT} {SIZE} --steps 250", "distill": f"{TEXT} --block 4 --steps 80 --batch_size 8"}
 FILE = {"train": "train_teacher.py", "distill": "distill.py"}
 
 
@@ -366,24 +370,26 @@ def changed(path, since):
     return path.exists() and path.stat().st_mtime_ns != since
 
 
-def run_until_saved(script, argv, path, **how):
+def run_until_saved(script, argv, path):
     """Starts it and returns at the first checkpoint it writes, or at its end."""
     since = path.stat().st_mtime_ns if path.exists() else None
-    p = start(FILE[script], argv, **how)
+    p = start(FILE[script], argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while p.poll() is None and not changed(path, since):
         time.sleep(0.002)
     return p
 
 
+@UNIX
 @pytest.mark.parametrize("script", ["train", "distill"])
 def test_five_kills_change_nothing(call, script):
     assert call(script, f"{LONG[script]} --out whole")[0] == 0
     draw, argv, landed = random.Random(0), f"{LONG[script]} --out killed", 0
     for _ in range(5):
-        p = run_until_saved(script, argv, Path("killed/checkpoint.pt"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        p = run_until_saved(script, argv, Path("killed/checkpoint.pt"))
         time.sleep(draw.uniform(0, 0.05))
         p.kill()
-        landed += p.wait() == -signal.SIGKILL
+        p.communicate()
+        landed += p.returncode == -signal.SIGKILL
         argv = "--resume killed"
     assert landed >= 2
     assert call(script, argv)[0] == 0
@@ -391,17 +397,23 @@ def test_five_kills_change_nothing(call, script):
     assert metrics("killed")["test_nats_per_token"] == metrics("whole")["test_nats_per_token"]
 
 
-@pytest.mark.parametrize("script", ["train", "distill"])
-def test_ctrl_c_saves_and_says_so(call, script):
-    assert call(script, f"{LONG[script]} --out whole")[0] == 0
-    p = run_until_saved(script, f"{LONG[script]} --out cut", Path("cut/checkpoint.pt"), stdout=subprocess.DEVNULL,
-                        stderr=subprocess.PIPE)
+@UNIX
+def test_ctrl_c_saves_and_says_so(call):
+    argv = f"{TEXT} {SIZE} --steps 400 --out"
+    p = run_until_saved("train", f"{argv} stopped", Path("stopped/checkpoint.pt"))
     p.send_signal(signal.SIGINT)
-    err = p.communicate(timeout=60)[1]
-    assert p.returncode == 130 and "Traceback" not in err and err.strip()
-    assert 0 < end("cut")["trainer"]["step"] < end("whole")["trainer"]["step"]
-    assert call(script, "--resume cut")[0] == 0
-    assert same(end("cut", losses=False), end("whole", losses=False))
+    assert p.communicate(timeout=60)[1] == "interrupted\n" and p.returncode == 130
+    assert 40 <= end("stopped")["trainer"]["step"] < 400
+    assert call("train", f"{argv} whole")[0] == call("train", "--resume stopped")[0] == 0
+    assert same(end("stopped", losses=False), end("whole", losses=False))
+
+
+def test_ctrl_c_while_distilling(world, call, monkeypatch):
+    interrupt_at(monkeypatch, 4)
+    assert call("distill", f"{TEXT} --block 4 --steps 10 --batch_size 8 --out stopped")[::2] == (130, "interrupted\n")
+    assert end("stopped")["trainer"]["step"] == 5
+    assert call("distill", "--resume stopped")[0] == 0
+    assert same(end("stopped"), end(world / TCS))
 
 
 def interrupt_at(monkeypatch, *steps):
@@ -423,19 +435,19 @@ def test_ctrl_c_at_any_step_changes_nothing(call, monkeypatch, steps, losses):
     argv = f"{TEXT} {SIZE} --steps 30 --dropout 0.1 --out"
     assert call("train", f"{argv} whole")[0] == 0
     interrupt_at(monkeypatch, *steps)
-    code, out, err = call("train", f"{argv} cut")
+    code, out, err = call("train", f"{argv} stopped")
     for step in steps[1:]:
         assert code == 130
-        code, out, err = call("train", "--resume cut")
-    assert code == 130 and end("cut")["trainer"]["step"] == steps[-1] + 1
-    assert call("train", "--resume cut")[0] == 0
-    assert same(end("cut", losses), end("whole", losses))
+        code, out, err = call("train", "--resume stopped")
+    assert code == 130 and end("stopped")["trainer"]["step"] == steps[-1] + 1
+    assert call("train", "--resume stopped")[0] == 0
+    assert same(end("stopped", losses), end("whole", losses))
 
 
 def test_ctrl_c_works_as_before_afterwards(call, monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     interrupt_at(monkeypatch, 3)
-    assert call("train", f"{TEXT} {SIZE} --steps 9 --out cut")[0] == 130
+    assert call("train", f"{TEXT} {SIZE} --steps 9 --out stopped")[0] == 130
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -449,13 +461,11 @@ def test_ctrl_c_outside_training(call, monkeypatch, script, busy):
 def test_distilling_goes_on_with_an_interrupted_teacher(world, call, monkeypatch):
     for run in (AR, JUDGE, TCS):
         shutil.rmtree(run)
-    interrupt_at(monkeypatch, 3)
-    for seed in (0, 1):
-        call("train", f"{TEXT} {SIZE} --steps 10 --seed {seed}")
-        interrupt_at(monkeypatch, 6)
+    for seed, step in ((0, 3), (1, 6)):
+        with monkeypatch.context() as m:
+            interrupt_at(m, step)
+            assert call("train", f"{TEXT} {SIZE} --steps 10 --seed {seed}")[0] == 130
     assert end(AR)["trainer"]["step"] == 4 and end(JUDGE)["trainer"]["step"] == 7
-    monkeypatch.undo()
-    os.chdir(world.parent / Path.cwd().name) if not Path("tiny.txt").exists() else None
     assert call("distill", f"{TEXT} --block 4 --steps 10 --batch_size 8")[0] == 0
     for run in (AR, JUDGE, TCS):
         assert same(end(run, losses=False), end(world / run, losses=False))
@@ -523,8 +533,8 @@ def test_disk_that_fills_up_during_a_run_costs_nothing_saved(world, call, monkey
 # --- bad input ---------------------------------------------------------------------------------------------
 
 NO_TEXT = ["nowhere.txt", "empty", "binary", "few", "folder", AR + "/checkpoint.pt", "x" * 300]
-NO_CHECKPOINT = ["nowhere", "empty", "binary", "few", "cut", "half", "noise", "dict", "list", "tensor", "code", "folder",
-                 "tiny.txt", "x" * 300]
+NO_CHECKPOINT = ["nowhere", "empty", "binary", "few", "cut", "half", "noise", "dict", "list", "tensor", "code",
+                 "folder", "tiny.txt", "x" * 300]
 OPTION = {"train": ["--resume"], "distill": ["--resume", "--teacher", "--student"], "sample": ["--checkpoint"]}
 
 COMMON = ["--nonsense 1", "--see 1", "--seed x", "--seed -1", "--seed 1.5", "--seed 99999999999999999999999", "--seed",
@@ -533,19 +543,29 @@ TRAIN = ["--n_layer 0", "--n_head 0", "--n_head -2", "--n_embd 0", "--context 0"
          "--context 100000", "--steps 0", "--steps -1", "--steps 1e3", "--batch_size 0", "--batch_size -8", "--lr nan",
          "--lr -1", "--lr inf", "--lr fast", "--dropout 1", "--dropout 1.5", "--dropout nan", "--dropout -0.1",
          "--n_embd 10 --n_head 4", "--n_embd 6 --n_head 2", "--n_embd 2 --n_head 4", "--block -1",
-         "--block 17 --objective mdlm", "--objective mlm", "--tokenizer word", "--tokenizer bpe:255", "--tokenizer bpe:x",
-         "--tokenizer gpt2:4", "--tokenizer a/b", "--out tiny.txt", "--out tiny.txt/run", "--out " + "x" * 300]
+         "--block 17 --objective mdlm", "--objective mlm", "--tokenizer word", "--tokenizer bpe:255",
+         "--tokenizer bpe:x", "--tokenizer gpt2:4", "--tokenizer a/b", "--out tiny.txt",
+         "--out tiny.txt/run", "--out " + "x" * 300]
 DISTILL = ["--method tsc", "--states texts", "--target top", "--divergence kl", "--divergence reverse", "--block 17",
            "--block 1", "--block -4", "--scored 0", "--steps 0", "--batch_size 0", "--lr nan", "--tokenizer word",
-           f"--teacher {TCS}", f"--teacher {MDLM}", "--teacher runs/other", "--teacher runs/short", "--student runs/other",
-           "--student runs/short", "--student teacher", "--out tiny.txt"]
-SAMPLE = ["--length 17", "--length -1", "--number 0", "--number -1", "--steps -1", "--temperature nan", "--temperature -1",
-          "--temperature inf", "--order left", "--prompt TheTheTheTheTheThe", "--prompt Thethethethethet",
-          "--prompt ____________the____", "--prompt The_of", "--prompt Théorème", "--prompt 42", "--length 2 --prompt The",
-          "--length 4 --prompt The____"]
+           f"--teacher {TCS}", f"--teacher {MDLM}", "--teacher runs/other", "--teacher runs/short",
+           "--student runs/other", "--student runs/short", "--student teacher", "--out tiny.txt"]
+SAMPLE = ["--length 17", "--length -1", "--number 0", "--number -1", "--steps -1", "--temperature nan",
+          "--temperature -1", "--temperature inf", "--order left", "--prompt TheTheTheTheTheThe",
+          "--prompt Thethethethethet",
+          "--prompt ____________the____", "--prompt The_of", "--prompt Théorème", "--prompt 42",
+          "--length 2 --prompt The", "--length 4 --prompt The____"]
 
 
-def names(argv):
+RIGHT = {"train": f"{TEXT} {SIZE} --steps 2 --out run ", "sample": "",
+         "distill": f"{TEXT} --block 4 --steps 2 --batch_size 8 --out run "}
+
+
+def short(argv):
+    return str(argv)[:40]
+
+
+def first(argv):
     """What the error must name: the first option, whose value is wrong."""
     return argv.split()[0]
 
@@ -553,24 +573,23 @@ def names(argv):
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("argv", COMMON)
 def test_option_that_is_wrong_everywhere(refused, script, argv):
-    assert names(argv) in refused(script, argv)
+    assert first(argv) in refused(script, RIGHT[script] + argv)
 
 
-@pytest.mark.parametrize("argv", TRAIN)
+@pytest.mark.parametrize("argv", TRAIN, ids=short)
 def test_option_that_is_wrong_in_training(refused, argv):
-    assert names(argv) in refused("train", f"{TEXT} {SIZE} --steps 2 --out run {argv}")
+    assert first(argv) in refused("train", RIGHT["train"] + argv)
 
 
 @pytest.mark.parametrize("argv", DISTILL)
 def test_option_that_is_wrong_in_distilling(refused, monkeypatch, argv):
     monkeypatch.setattr(dlm.Trainer, "fit", lambda *_: pytest.fail("trained before it looked"))
-    error = refused("distill", f"{TEXT} --block 4 --steps 2 --out run {argv}")
-    assert names(argv) in error
+    assert first(argv) in refused("distill", RIGHT["distill"] + argv)
 
 
 @pytest.mark.parametrize("argv", SAMPLE)
 def test_option_that_is_wrong_in_sampling(refused, argv):
-    assert argv.split()[-2] in refused("sample", argv) or names(argv) in refused("sample", argv)
+    assert argv.split()[-2] in refused("sample", argv) or first(argv) in refused("sample", argv)
 
 
 @SKIP_CUDA
@@ -580,25 +599,27 @@ def test_no_gpu(refused, script):
 
 
 @pytest.mark.parametrize("script", ["train", "distill"])
-@pytest.mark.parametrize("name", NO_TEXT, ids=lambda n: n[:20])
+@pytest.mark.parametrize("name", NO_TEXT, ids=short)
 def test_no_text(refused, script, name):
     teacher = f"--teacher {AR}" if script == "distill" else SIZE
     assert f"--data {name}" in refused(script, f"--tokenizer char --data {name} {teacher}")
 
 
 @pytest.mark.parametrize("script, option", [(s, o) for s in SCRIPTS for o in OPTION[s]])
-@pytest.mark.parametrize("name", NO_CHECKPOINT, ids=lambda n: n[:20])
+@pytest.mark.parametrize("name", NO_CHECKPOINT, ids=short)
 def test_no_checkpoint(refused, script, option, name):
     rest = f"{TEXT} --block 4 --out run" if option in ("--teacher", "--student") else ""
     assert f"{option} {name}" in refused(script, f"{option} {name} {rest}")
     assert not Path("owned").exists()
 
 
-@pytest.mark.parametrize("script, argv", [("train", f"--resume {TCS}"), ("distill", f"--resume {AR}"), ("train", "--resume bare"),
-                                          ("distill", "--resume bare"), ("train", f"--steps 20 --resume {AR}"),
-                                          ("distill", f"--resume={TCS} --lr=1")])
-def test_what_cannot_be_resumed(refused, script, argv):
-    assert names(argv).split("=")[0] in refused(script, argv)
+@pytest.mark.parametrize("script, argv, option", [
+    ("train", f"--resume {TCS}", "--resume"), ("distill", f"--resume {AR}", "--resume"),
+    ("train", "--resume bare", "--resume"), ("distill", "--resume bare", "--resume"),
+    ("train", f"--resume {AR} --steps 20", "--steps"), ("distill", f"--lr=1 --resume={TCS}", "--lr"),
+    ("train", f"--overwrite --resume {AR}", "--overwrite")])
+def test_what_cannot_be_resumed(refused, script, argv, option):
+    assert option in refused(script, argv)
 
 
 @pytest.mark.parametrize("run, role", [(AR, "--teacher"), (JUDGE, JUDGE)])
@@ -609,6 +630,13 @@ def test_broken_teacher_or_judge_that_was_found_not_given(refused, monkeypatch, 
     assert role in error and run in error
     options = {"--" + f.name for f in dataclasses.fields(distill.Options)}
     assert set(re.findall(r"--\w+", error)) <= options
+
+
+def test_teacher_of_another_text_with_the_same_name_is_not_taken_for_this_one(refused, monkeypatch):
+    monkeypatch.setattr(dlm.Trainer, "fit", lambda *_: pytest.fail("trained before it looked"))
+    write_text("folder/tiny.txt", "Another text of the same name".split())
+    error = refused("distill", "--data folder/tiny.txt --tokenizer char --block 4 --out run")
+    assert re.search("--data|--teacher", error)
 
 
 def test_nothing_to_sample_from(refused, monkeypatch):
@@ -628,8 +656,9 @@ def test_no_network(refused, monkeypatch, tmp_path, script):
     assert re.search("--tokenizer gpt2.*TIKTOKEN_CACHE_DIR", refused(script, "--data tiny.txt --tokenizer gpt2"))
 
 
-@pytest.mark.parametrize("script, argv", [("train", "--data nowhere.txt"), ("train", f"{TEXT} --tokenizer a/b"),
-                                          ("train", f"{TEXT} --n_embd 10 --n_head 4"), ("distill", f"{TEXT} --block 99")])
+@pytest.mark.parametrize("script, argv", [
+    ("train", "--data nowhere.txt"), ("train", f"{TEXT} --tokenizer a/b"), ("distill", f"{TEXT} --block 99"),
+    ("train", f"{TEXT} --n_embd 10 --n_head 4")])
 def test_what_is_refused_leaves_no_folder_behind(refused, home, script, argv):
     before = sorted(home.rglob("*"))
     refused(script, argv)
