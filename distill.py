@@ -45,7 +45,7 @@ class Options:
     data: str = option("docs", "docs, shakespeare, arithmetic, or the path of a text file")
     tokenizer: str = option("bpe:512", "char, bpe (1024 tokens), bpe:SIZE or gpt2; a given --teacher brings its own")
     block: int = option(4, "block length b of the student; 0 is the whole context", at_least=0)
-    steps: int = option(400, "optimiser steps", at_least=1)
+    steps: int = option(500, "optimiser steps", at_least=1)
     batch_size: int = option(16, "texts a step", at_least=1)
     lr: float = option(0.02, "learning rate of Muon; AdamW's, for embedding and head, is 0.15 of it", at_least=0)
     divergence: str = option("forward", "between target and student", choices=("forward", "reverse", "tvd", "mse"))
@@ -173,8 +173,10 @@ def compare_estimators(o, folder, teacher, text, b):
               flush=True)
     fig, ax = plt.subplots(figsize=(5.5, 3.5))
     for r in rows[1:]:
-        ax.plot(max(r["tokens"], 1), r["tv"], "k" + ("o" if r["estimator"].startswith("topk") else "s"))
-        ax.annotate(r["estimator"], (max(r["tokens"], 1), r["tv"]), textcoords="offset points", xytext=(5, 4), fontsize=8)
+        at, below = (max(r["tokens"], 1), r["tv"]), r["estimator"].startswith(("topk", "prefix"))
+        ax.plot(*at, "ko" if below else "ks")
+        ax.annotate(r["estimator"], at, textcoords="offset points", xytext=(0, -12 if below else 6), fontsize=8,
+                    ha="right" if below else "left")
     ax.set(xlabel="teacher tokens for a scored position", ylabel="total variation from exact", xscale="log",
            title=f"TCS estimators, blocks of {b} (exact: {rows[0]['tokens']:.0f} tokens)")
     ax.margins(0.25)
