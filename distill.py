@@ -175,11 +175,11 @@ def compare_estimators(o, folder, teacher, text, b):
     for r in rows[1:]:
         at, below = (max(r["tokens"], 1), r["tv"]), r["estimator"].startswith(("topk", "prefix"))
         ax.plot(*at, "ko" if below else "ks")
-        ax.annotate(r["estimator"], at, textcoords="offset points", xytext=(0, -12 if below else 6), fontsize=8,
+        ax.annotate(r["estimator"], at, textcoords="offset points", xytext=(0, -12 if below else 6), annotation_clip=False, fontsize=8,
                     ha="right" if below else "left")
     ax.set(xlabel="teacher tokens for a scored position", ylabel="total variation from exact", xscale="log",
            title=f"TCS estimators, blocks of {b} (exact: {rows[0]['tokens']:.0f} tokens)")
-    ax.margins(0.25)
+    ax.margins(0.4, 0.25)
     train_teacher.save_figure(fig, folder / "estimators.png")
     dlm.write_json(folder / "metrics.json", {"options": dataclasses.asdict(o), "block": b, "rows": rows,
                                              "corpus": {"name": text.name, "sha256": text.sha256},
@@ -195,7 +195,9 @@ def draw_quality(rows, path):
         for r, style in zip(rows[:2], (":", "--")):
             ax.axhline(r[key], color="k", linestyle=style, label=r["what"])
         ax.set(xlabel="network calls for a text", ylabel=label, xscale="log")
-        ax.legend()
+        ax.set_xticks([r["calls"] for r in student], [str(r["calls"]) for r in student])
+        ax.minorticks_off()
+    axes[1].legend(loc="center")
     train_teacher.save_figure(fig, path)
 
 
