@@ -58,9 +58,10 @@ class Options:
     overwrite: bool = option(False, "replace the run that is in the folder")
 
 
-def ar_model(o, seed, role):
-    """The folder of the AR model with this seed: found in runs/, gone on with if it was interrupted, or trained."""
-    t = train_teacher.Options(data=o.data, tokenizer=o.tokenizer, seed=seed, device=o.device)
+def ar_model(o, seed, role, like=train_teacher.Options()):
+    """The folder of the AR model with this seed: found in runs/, gone on with if it was interrupted, or trained like
+    `like`."""
+    t = dataclasses.replace(like, data=o.data, seed=seed, device=o.device, out="", resume="", overwrite=False)
     folder = Path("runs") / train_teacher.run_name(t, "ar")
     if not (folder / "checkpoint.pt").exists():
         print(f"no {role} in {folder} yet, so it is trained first", flush=True)
@@ -85,10 +86,10 @@ def same_vocabulary(name, tokenizer, model, with_name, with_tokenizer, with_mode
                         "--context")
 
 
-def load_models(o, ckpt, device):
-    """-> the teacher and its tokenizer, the judge, and the student with the weights it starts from."""
-    path = Path(o.teacher or ar_model(o, 0, "teacher"))
-    teacher, tokenizer, _ = dlm.load(path, "--teacher", device)
+def load_models(o, device):
+    """-> the teacher's path, the teacher, its tokenizer and options; the student with the weights it starts from."""
+    path = Path(o.teacher or ar_model(o, 0, "teacher", train_teacher.Options(tokenizer=o.tokenizer)))
+    teacher, tokenizer, ckpt = dlm.load(path, "--teacher", device)
     if teacher.b != 1:
         raise UserError(f"--teacher {path}: a diffusion model (b = {teacher.b}), where an AR one is needed; train one "
                         "with train_teacher.py, or start from this one with --student")
@@ -104,7 +105,7 @@ def load_models(o, ckpt, device):
         same_vocabulary(f"--student {o.student}", its_tokenizer, start, "the teacher", tokenizer, teacher)
         student = dlm.Transformer(dataclasses.replace(start.c, b=b)).to(device)
         student.load_state_dict(start.state_dict())
-    return path, teacher, tokenizer, student
+    return path, teacher, tokenizer, train_teacher.Options(**ckpt["options"]), student
 
 
 def written_by(teacher, n, seed):
@@ -210,11 +211,11 @@ def main(argv=None):
         raise UserError("--divergence reverse: infinite where the target is one-hot; use forward, tvd or mse")
     what = "estimators" if o.estimators else o.method if (states, target) == METHODS[o.method] else f"{states}-{target}"
     folder = train_teacher.folder_of(o, train_teacher.run_name(o, what, f"-b{o.block}"))
-    path, teacher, tokenizer, student = load_models(o, ckpt, device)
+    path, teacher, tokenizer, its_options, student = load_models(o, device)
     text = dlm.load_text(o.data, tokenizer, teacher.L)
     if o.estimators:
         return compare_estimators(o, folder, teacher, text, student.b)
-    judge_path = ar_model(o, 1, "judge")
+    judge_path = ar_model(o, its_options.seed + 1, "judge", its_options)
     judge, its_tokenizer, _ = dlm.load(judge_path, "the judge,", device)
     same_vocabulary(f"--teacher {path}", tokenizer, teacher, f"the judge, {judge_path}", its_tokenizer, judge)
     ids = text.parts["train"].to(device)

@@ -50,7 +50,8 @@ def docs():
     """The Python language reference that is inside every CPython: about 0.3 MB of English, one paragraph a line.
 
     Paragraphs are unwrapped; tables, grammars and sessions go, since their runs of blanks are what small models
-    collapse to; repeated paragraphs go *before* splitting, or held-out text would stand in the training part.
+    collapse to; so does any paragraph that shares 64 characters with an earlier one (`ljust` and `rjust` are described
+    alike), *before* splitting, or held-out text would stand in the training part.
     """
     try:
         from pydoc_data.topics import topics
@@ -58,8 +59,13 @@ def docs():
         raise UserError("--data docs: this Python has no pydoc_data.topics; give --data a text file") from None
     paragraphs = (p for topic in sorted(topics) for p in re.split(r"\n\s*\n", topics[topic]))
     not_prose = re.compile(r"::=|\+[-=]{3}|\|  |>>>|^\s*[*=\-~^]{4,}\s*$", re.MULTILINE)
-    unwrapped = (" ".join(p.split()) for p in paragraphs if not not_prose.search(p))
-    return [p + "\n" for p in dict.fromkeys(unwrapped) if len(p) >= 20]
+    kept, seen = [], set()
+    for p in dict.fromkeys(" ".join(p.split()) for p in paragraphs if not not_prose.search(p)):
+        windows_of_p = {p[i:i + 64] for i in range(len(p) - 63)}
+        if len(p) >= 20 and not windows_of_p & seen:
+            kept.append(p + "\n")
+        seen |= windows_of_p
+    return kept
 
 
 def shakespeare():

@@ -139,6 +139,8 @@ def train(o, ckpt=None):
     device = dlm.pick_device(o.device)
     text = dlm.load_text(o.data, dlm.Tokenizer(**ckpt["tokenizer"]) if ckpt else o.tokenizer, o.context)
     b = 1 if o.objective == "ar" else o.block or o.context
+    if (o.objective == "ar") != (b == 1) or (o.objective == "ar" and o.block > 1):
+        raise UserError(f"--block {o.block}: an AR model has no blocks, and mdlm wants 2 or more, or 0 for the whole context")
     torch.manual_seed(o.seed)
     model = dlm.Transformer(dlm.Config(text.tokenizer.V, o.context, b, o.n_layer, o.n_head, o.n_embd, o.dropout)).to(device)
     ids = text.parts["train"].to(device)
