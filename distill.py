@@ -58,7 +58,7 @@ class Options:
     overwrite: bool = option(False, "replace the run that is in the folder")
 
 
-def ar_model(o, seed, role, like=train_teacher.Options()):
+def ar_model(o, seed, role, like):
     """The folder of the AR model with this seed: found in runs/, gone on with if it was interrupted, or trained like
     `like`."""
     t = dataclasses.replace(like, data=o.data, seed=seed, device=o.device, out="", resume="", overwrite=False)

@@ -594,7 +594,7 @@ def suffix_gradient(teacher, x, past, b):
         return torch.zeros(B, L, teacher.embedding.weight.size(1), device=x.device, dtype=teacher.embedding.weight.dtype)
     first = b * torch.arange(n, device=x.device)
     j = first[:, None] + torch.arange(w, device=x.device)                                # (n, w): inputs of each block
-    inside = (j + 1 < L) & (j >= 0)
+    inside = j + 1 < L
     tokens = x[:, j.clamp(max=L - 1)].view(B * n, w)
     after = x[:, (j + 1).clamp(max=L - 1)].view(B * n, w)
     with torch.enable_grad():
