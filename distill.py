@@ -30,7 +30,6 @@ STATES = ("data", "teacher")
 TARGETS = ("onehot", *dlm.ESTIMATORS)
 JUDGED = 256        # generated texts a row of the table; their NLL has a standard error of about 0.02 nats per token
 STEPS = (1, 2, 4, 8, 16, 32, 64)
-POOL = 0.5          # texts the teacher writes for --states teacher, as a share of the training text
 
 
 @dataclass
@@ -49,7 +48,10 @@ class Options:
     batch_size: int = option(16, "texts a step", at_least=1)
     lr: float = option(0.02, "learning rate of Muon; AdamW's, for embedding and head, is 0.15 of it", at_least=0)
     divergence: str = option("forward", "between target and student", choices=("forward", "reverse", "tvd", "mse"))
-    scored: int = option(8, "M, hidden tokens a text whose concrete score is computed; the rest get one-hot", at_least=1)
+    fraction: float = option(1.0, "share of the training text that the student sees, from a place the seed chooses")
+    texts: int = option(2048, "texts the teacher writes or scores, before training and once; --states data with "
+                        "--target onehot needs no teacher and uses every window", at_least=16)
+    candidates: int = option(16, "K, tokens whose concrete score topk and grad+topk compute", at_least=1)
     estimators: bool = option(False, "train nothing: compare the estimators of the concrete score at this --block")
     seed: int = option(0, "seed of batches, masks and random weights", at_least=0)
     out: str = option("", "folder of the run; empty: runs/ and a name made of the options")
@@ -108,21 +110,30 @@ def load_models(o, device):
     return path, teacher, tokenizer, train_teacher.Options(**ckpt["options"]), student
 
 
-def written_by(teacher, n, seed):
-    """n texts by the AR teacher (n, L), the same for the same seed."""
-    with dlm.seeded(seed):
-        return torch.cat([dlm.generate(teacher, len(rows)) for rows in torch.arange(n).split(512)])
+def texts_for(o, states, every, teacher, ids):
+    """The student's texts (n, L): windows of its share of the training text, or written by the AR teacher."""
+    L = teacher.L
+    with dlm.seeded(o.seed):
+        if states == "teacher":
+            return torch.cat([dlm.generate(teacher, len(rows)) for rows in torch.arange(o.texts).split(512)])
+        n = max(L, int(o.fraction * len(ids)))
+        start = torch.randint(len(ids) - n + 1, ())
+    windows = ids[start:start + n].unfold(0, L, 1)                              # all of them, as a view
+    return windows if every else windows[torch.linspace(0, len(windows) - 1, o.texts).long().unique()]
 
 
 def make_batch_loss(o, states, target, teacher, b, ids):
-    """The method: a function that draws states, asks for their targets and returns the one loss."""
-    V, L = teacher.V, teacher.L
-    pool = written_by(teacher, max(64, int(POOL * len(ids) / L)), o.seed) if states == "teacher" else None
+    """The method: a function that draws texts, hides tokens, looks up their targets and returns the one loss."""
+    x_all = texts_for(o, states, target == "onehot", teacher, ids)
+    if target != "onehot":
+        print(f"the teacher scores {len(x_all)} texts, once", flush=True)
+        aims = dlm.tcs(teacher, x_all, b, target, o.candidates)
 
     def batch_loss(student):
-        x = dlm.windows(ids, o.batch_size, L) if pool is None else pool[torch.randint(len(pool), (o.batch_size,))]
-        z = dlm.hide(x, b, V)
-        p = dlm.one_hot(x, z, V) if target == "onehot" else dlm.tcs(teacher, x, z, b, target, o.scored)
+        rows = torch.randint(len(x_all), (o.batch_size,), device=ids.device)
+        x = x_all[rows]
+        z = dlm.hide(x, b, teacher.V)
+        p = dlm.one_hot(x, z, teacher.V) if target == "onehot" else dlm.dense(*(a[rows] for a in aims), teacher.V)
         return dlm.loss(student, x, z, p, o.divergence)
 
     return batch_loss
@@ -148,41 +159,51 @@ def evaluate(model, teacher, judge, text, device):
     return rows, samples
 
 
-def compare_estimators(o, folder, teacher, text, b):
-    """Every estimator of c_i beside the exact one, at `scored` random positions of 64 held-out texts: table and figure."""
-    x = dlm.consecutive(text.parts["test"], teacher.L, 64).to(teacher.embedding.weight.device)
+def gradient_variance(student, x, z, p):
+    """Trace of the covariance of one text's gradient over texts x (n, L), at states z with targets p (n, L, V)."""
+    def gradient(*text):
+        grads = torch.autograd.grad(dlm.loss(student, *text), list(student.parameters()))
+        return torch.cat([g.flatten() for g in grads])
+    return torch.stack([gradient(*t) for t in zip(x.split(1), z.split(1), p.split(1))]).var(0).sum().item()
+
+
+def compare_estimators(o, folder, teacher, student, text):
+    """Every estimator of c_i beside the exact one, and the variance it leaves in the student's gradient: table, figure."""
+    b, device = student.b, teacher.embedding.weight.device
+    x = dlm.consecutive(text.parts["test"], teacher.L, max(4, 256 // b)).to(device)    # exact costs about b^2 a text
     with dlm.seeded(o.seed):
-        pos = torch.rand(x.shape, device=x.device).topk(min(o.scored, teacher.L), dim=1).indices
+        z = dlm.hide(x, b, teacher.V)
+    texts, everywhere, one_hot = x.split(16), torch.arange(teacher.L, device=device), dlm.one_hot(x, z, teacher.V)
     ways = {"exact": dlm.ESTIMATORS["exact"], "grad": dlm.ESTIMATORS["grad"], "prefix": dlm.ESTIMATORS["prefix"]}
     for name in ("topk", "grad+topk"):
-        ways.update({f"{name}, K={K}": {**dlm.ESTIMATORS[name], "K": K} for K in (4, 8, 16)})
-    print(f"{pos.numel()} positions of {len(x)} texts, blocks of {b}\n{'estimator':<18} {'teacher tokens':>15} {'seconds':>8} "
-          f"{'KL':>7} {'TV':>6} {'entropy':>8}", flush=True)
-    rows, exact = [], None
+        ways.update({f"{name}, K={K}": {**dlm.ESTIMATORS[name], "K": K} for K in (4, 8, 16, 32)})
+    print(f"all positions of {len(x)} held-out texts, blocks of {b}; variance: of one text's gradient, one-hot is 1\n"
+          f"{'estimator':<16} {'teacher tokens':>14} {'seconds':>8} {'KL':>7} {'TV':>6} {'entropy':>8} {'variance':>9}", flush=True)
+    rows, exact, unit = [], None, gradient_variance(student, x, z, one_hot)
     for name, way in [*ways.items(), ("one-hot", None)]:
         start = time.time()
         with dlm.counting(teacher) as count:
-            c = (dlm.concrete_score(teacher, x, pos, b, **way) if way else
-                 dlm.one_hot(x, None, teacher.V).log()[torch.arange(len(x), device=x.device)[:, None], pos])
-        exact = c if exact is None else exact
-        p = c.exp()
-        r = {"estimator": name, "tokens": count["slots"] / pos.numel(), "seconds": time.time() - start,
+            p = one_hot if way is None else torch.cat(
+                [dlm.concrete_score(teacher, t, everywhere.expand(len(t), -1), b, **way) for t in texts]).exp()
+        seconds, exact = time.time() - start, p.log() if exact is None else exact
+        r = {"estimator": name, "tokens": count["slots"] / x.numel(), "seconds": seconds,
              "kl": dlm.divergence(p, exact).mean().item(), "tv": dlm.divergence(p, exact, "tvd").mean().item(),
-             "entropy": torch.special.entr(p).sum(-1).mean().item()}
+             "entropy": torch.special.entr(p).sum(-1).mean().item(), "variance": gradient_variance(student, x, z, p) / unit}
         rows.append(r)
-        print(f"{name:<18} {r['tokens']:>15.1f} {r['seconds']:>8.2f} {r['kl']:>7.3f} {r['tv']:>6.3f} {r['entropy']:>8.3f}",
-              flush=True)
-    fig, ax = plt.subplots(figsize=(5.5, 3.5))
-    for r in rows[1:]:
-        at, below = (max(r["tokens"], 1), r["tv"]), r["estimator"].startswith(("topk", "prefix"))
-        ax.plot(*at, "ko" if below else "ks")
-        ax.annotate(r["estimator"], at, textcoords="offset points", xytext=(0, -12 if below else 6), annotation_clip=False, fontsize=8,
-                    ha="right" if below else "left")
-    ax.set(xlabel="teacher tokens for a scored position", ylabel="total variation from exact", xscale="log",
-           title=f"TCS estimators, blocks of {b} (exact: {rows[0]['tokens']:.0f} tokens)")
-    ax.margins(0.4, 0.25)
+        print(f"{name:<16} {r['tokens']:>14.1f} {r['seconds']:>8.2f} {r['kl']:>7.3f} {r['tv']:>6.3f} {r['entropy']:>8.3f} "
+              f"{r['variance']:>9.3f}", flush=True)
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.5))
+    for ax, key, label in zip(axes, ("tv", "variance"), ("total variation from exact", "gradient variance, one-hot = 1")):
+        for r in rows[1:]:
+            at, below = (max(r["tokens"], 1), r[key]), r["estimator"].startswith(("topk", "prefix"))
+            ax.plot(*at, "ko" if below else "ks")
+            ax.annotate(r["estimator"], at, textcoords="offset points", xytext=(0, -12 if below else 6),
+                        annotation_clip=False, fontsize=7, ha="right" if below else "left")
+        ax.set(xlabel="teacher tokens for a position", ylabel=label, xscale="log",
+               title=f"TCS estimators, blocks of {b}")
+        ax.margins(0.4, 0.25)
     train_teacher.save_figure(fig, folder / "estimators.png")
-    dlm.write_json(folder / "metrics.json", {"options": dataclasses.asdict(o), "block": b, "rows": rows,
+    dlm.write_json(folder / "metrics.json", {"options": dataclasses.asdict(o), "block": b, "texts": len(x), "rows": rows,
                                              "corpus": {"name": text.name, "sha256": text.sha256},
                                              "versions": dlm.versions()})
 
@@ -206,6 +227,8 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     o, ckpt = train_teacher.resumed(dlm.parse(Options, argv, __doc__), argv)
     start, device = time.time(), dlm.pick_device(o.device)
+    if not 0 < o.fraction <= 1:
+        raise UserError(f"--fraction {o.fraction}: must be above 0 and at most 1")
     states, target = (given or own for given, own in zip((o.states, o.target), METHODS[o.method]))
     if o.divergence == "reverse" and target != "prefix":
         raise UserError("--divergence reverse: infinite where the target is one-hot; use forward, tvd or mse")
@@ -214,16 +237,18 @@ def main(argv=None):
     path, teacher, tokenizer, its_options, student = load_models(o, device)
     text = dlm.load_text(o.data, tokenizer, teacher.L)
     if o.estimators:
-        return compare_estimators(o, folder, teacher, text, student.b)
+        return compare_estimators(o, folder, teacher, student, text)
     judge_path = ar_model(o, its_options.seed + 1, "judge", its_options)
     judge, its_tokenizer, _ = dlm.load(judge_path, "the judge,", device)
     same_vocabulary(f"--teacher {path}", tokenizer, teacher, f"the judge, {judge_path}", its_tokenizer, judge)
     ids = text.parts["train"].to(device)
-    trainer = train_teacher.fit(o, folder, student, text, make_batch_loss(o, states, target, teacher, student.b, ids),
-                                o.lr, ckpt, folder.name)
+    before = time.time()
+    batch_loss = make_batch_loss(o, states, target, teacher, student.b, ids)
+    prepared = time.time() - before
+    trainer = train_teacher.fit(o, folder, student, text, batch_loss, o.lr, ckpt, folder.name)
     model = trainer.averaged()
     rows, samples = evaluate(model, teacher, judge, text, device)
-    train_teacher.report(o, folder, trainer, model, text, teacher=str(path), states=states, target=target, table=rows,
+    train_teacher.report(o, folder, trainer, model, text, teacher=str(path), states=states, target=target, teacher_seconds=prepared, table=rows,
                          samples=samples)
     draw_quality(rows, folder / "quality.png")
     for who in ("AR teacher", rows[-1]["what"]):

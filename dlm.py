@@ -550,8 +550,8 @@ def one_hot(x, z, V):
 
 ESTIMATORS = {            # candidates by: the prefix, or prefix and gradient   K   scored exactly?
     "exact":     dict(by="prefix", K=None, rescore=True),
-    "topk":      dict(by="prefix", K=8, rescore=True),
-    "grad+topk": dict(by="grad", K=8, rescore=True),
+    "topk":      dict(by="prefix", K=16, rescore=True),
+    "grad+topk": dict(by="grad", K=16, rescore=True),
     "grad":      dict(by="grad", K=None, rescore=False),
     "prefix":    dict(by="prefix", K=None, rescore=False),   # the causal head alone: a biased shortcut, a control
 }
@@ -579,7 +579,7 @@ def suffix_log_prob(teacher, x, past, pos, cand, b, budget=None):
                               row[chunk].repeat_interleave(n)).view(len(chunk), n * G, W, -1)[:, :K]
         said = logp.gather(3, text[:, None, 1:, None].expand(-1, K, -1, -1))[..., 0]     # (R, K, W)
         inside = torch.arange(W, device=x.device) < length[chunk, None, None]
-        out[chunk] = (said * inside).sum(-1).to(out.dtype)
+        out[chunk] = said.where(inside, 0).sum(-1).to(out.dtype)
     return out.view(B, M, K)
 
 
@@ -630,18 +630,25 @@ def concrete_score(teacher, x, pos, b, by="prefix", K=None, rescore=True):
     return torch.where(missed, torch.where(x_i, 0.0, -math.inf), log_c)
 
 
-def tcs(teacher, x, z, b, estimator="topk", M=8):
-    """Target of TCS: c_i at M random hidden tokens of each text, one-hot x_i at the rest. (B, L, V)
+def tcs(teacher, x, b, estimator="topk", K=None):
+    """The targets of TCS at every token of texts x (n, L): candidates v (n, L, K), int32, and c_i(v) (n, L, K).
 
-    Estimators that need no scoring (`grad`, `prefix`) are used at every token."""
-    choose = ESTIMATORS[estimator]
-    B, L = x.shape
-    if choose["rescore"]:
-        pos = (torch.rand(x.shape, device=x.device) + (z == teacher.V)).topk(min(M, L), dim=1).indices
-    else:
-        pos = torch.arange(L, device=x.device).expand(B, L)
-    c = concrete_score(teacher, x, pos, b, **choose).exp().float()
-    return one_hot(x, z, teacher.V).scatter(1, pos[..., None].expand(-1, -1, teacher.V), c)
+    c_i depends on the text and on b, not on what is hidden, so it is computed once and serves every epoch and noise
+    level; `dense` makes rows of it a target. K: instead of the estimator's own; all of the vocabulary if it has none."""
+    how = {**ESTIMATORS[estimator]}
+    how["K"] = how["K"] and (K or how["K"])
+    v, c, pos = [], [], torch.arange(x.size(1), device=x.device)
+    for rows in tqdm(x.split(16), desc="scoring texts", unit="16 texts", leave=False, disable=None):
+        p = concrete_score(teacher, rows, pos.expand(len(rows), -1), b, **how).exp().float()
+        p, candidates = p.topk(min(how["K"] or teacher.V, teacher.V), dim=-1)
+        v.append(candidates.int())
+        c.append(p)
+    return torch.cat(v), torch.cat(c)
+
+
+def dense(v, c, V):
+    """Candidates and their probabilities (B, L, K) -> target (B, L, V)."""
+    return c.new_zeros(*c.shape[:2], V).scatter(-1, v.long(), c)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -243,7 +243,7 @@ def test_seed_decides_the_weights(world, call):
 
 @pytest.mark.parametrize("argv", [
     "--method plain", "--method sequence", "--method prefix --divergence reverse", "--method tcs --divergence tvd",
-    "--states teacher --target grad", "--target exact --scored 99", "--target grad+topk --divergence mse",
+    "--states teacher --target grad", "--target exact --fraction 0.5 --texts 99", "--target grad+topk --divergence mse",
     "--block 5", "--block 16", "--block 0 --student random", f"--block 0 --student {MDLM}",
     f"--student {TCS}/checkpoint.pt", f"--teacher {AR}/checkpoint.pt", "--student runs/thin-mdlm"])
 def test_every_kind_of_student_trains_and_writes(call, monkeypatch, argv):
@@ -555,7 +555,7 @@ TRAIN = ["--n_layer 0", "--n_head 0", "--n_head -2", "--n_embd 0", "--context 0"
          "--tokenizer bpe:x", "--tokenizer gpt2:4", "--tokenizer a/b", "--out tiny.txt",
          "--out tiny.txt/run", "--out " + "x" * 300]
 DISTILL = ["--method tsc", "--states texts", "--target top", "--divergence kl", "--divergence reverse", "--block 17",
-           "--block 1", "--block -4", "--scored 0", "--steps 0", "--batch_size 0", "--lr nan", "--tokenizer word",
+           "--block 1", "--block -4", "--candidates 0", "--texts 3", "--fraction nan", "--fraction -1", "--steps 0", "--batch_size 0", "--lr nan", "--tokenizer word",
            f"--teacher {TCS}", f"--teacher {MDLM}", "--teacher runs/other", "--teacher runs/short",
            "--student runs/other", "--student runs/short", "--student teacher", "--out tiny.txt"]
 SAMPLE = ["--length 17", "--length -1", "--number 0", "--number -1", "--steps -1", "--temperature nan",
