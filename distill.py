@@ -48,7 +48,8 @@ class Options:
     batch_size: int = option(8, "texts a step", at_least=1)
     lr: float = option(0.02, "learning rate of Muon; AdamW's, for embedding and head, is 0.15 of it", at_least=0)
     divergence: str = option("forward", "between target and student", choices=("forward", "reverse", "tvd", "mse"))
-    fraction: float = option(1.0, "share of the training text that the student sees, from a place the seed chooses")
+    fraction: float = option(1.0, "share of the training text that the student sees, from a place the seed chooses",
+                             at_least=0, at_most=1)
     texts: int = option(2048, "texts the teacher writes or scores, before training and once; --states data with "
                         "--target onehot needs no teacher and uses every window", at_least=16)
     candidates: int = option(16, "K, tokens whose concrete score topk and grad+topk compute", at_least=1)
@@ -227,8 +228,6 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     o, ckpt = train_teacher.resumed(dlm.parse(Options, argv, __doc__), argv)
     start, device = time.time(), dlm.pick_device(o.device)
-    if not 0 < o.fraction <= 1:
-        raise UserError(f"--fraction {o.fraction}: must be above 0 and at most 1")
     states, target = (given or own for given, own in zip((o.states, o.target), METHODS[o.method]))
     if o.divergence == "reverse" and target != "prefix":
         raise UserError("--divergence reverse: infinite where the target is one-hot; use forward, tvd or mse")

@@ -302,19 +302,20 @@ class Layer(nn.Module):
         nn.init.zeros_(self.proj.weight)  # each layer starts as the identity
         nn.init.zeros_(self.down.weight)
 
-    def forward(self, h, rope, mask, past=None):
-        """h (B, T, d); mask (.., T, K), "causal" or None for all; past: keys and values (2, B, H, P, D), K = P + T."""
+    def forward(self, h, rope, mask, past=None, done=0):
+        """h (B, T, d); mask (.., T, K), "causal" or None for all. past (2, B, H, room, D): keys and values; the first
+        `done` are there, these T are written behind them, and K = done + T."""
         B, T, d = h.shape
         q, k, v = self.qkv(norm(h)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         q, k = rotate(norm(q), rope), rotate(norm(k), rope)  # QK-norm: lets the learning rate be high
-        kv = torch.stack([k, v])
         if past is not None:
-            kv = torch.cat([past, kv], dim=3)
+            past[:, :, :, done:done + T] = torch.stack([k, v])
+            k, v = past[:, :, :, :done + T].to(q.dtype)
         causal = isinstance(mask, str)
-        y = F.scaled_dot_product_attention(q, kv[0], kv[1], None if causal else mask, is_causal=causal)
+        y = F.scaled_dot_product_attention(q, k, v, None if causal else mask, is_causal=causal)
         h = h + F.dropout(self.proj(y.transpose(1, 2).reshape(B, T, d)), self.dropout, self.training)
         y = self.down(F.relu(self.up(norm(h))).square())
-        return h + F.dropout(y, self.dropout, self.training), kv
+        return h + F.dropout(y, self.dropout, self.training)
 
 
 class Transformer(nn.Module):
@@ -342,60 +343,61 @@ class Transformer(nn.Module):
         angles = torch.arange(c.L)[:, None] / 10000 ** (torch.arange(0, D, 2) / D)
         self.register_buffer("rope", torch.stack([angles.cos(), angles.sin()]), persistent=False)  # (2, L, D/2)
 
-    def run(self, e, pos, mask, past=None):
-        """Embeddings e (B, T, d) at positions pos (T,) or (B, T) -> log-probabilities (B, T, V), keys and values."""
-        h, new = norm(e), []
+    def run(self, e, pos, mask, past=None, done=0):
+        """Embeddings e (B, T, d) at positions pos (T,) or (B, T) -> log-probabilities (B, T, V); fills `past`."""
+        h = norm(e)
         rope = self.rope[:, pos].view(2, -1, 1, e.size(1), self.rope.size(-1))
         for i, layer in enumerate(self.layers):
-            h, kv = layer(h, rope, mask, None if past is None else past[i])
-            new.append(kv)
-        return F.log_softmax(self.head(norm(h)), dim=-1), new   # float32 also under autocast
+            h = layer(h, rope, mask, None if past is None else past[i], done)
+        return F.log_softmax(self.head(norm(h)), dim=-1)   # float32 also under autocast
+
+    def room(self, B, n):
+        """Empty keys and values of n slots, for each layer (2, B, H, n, D)."""
+        return [self.embedding.weight.new_empty(2, B, self.c.n_head, n, self.c.n_embd // self.c.n_head)
+                for _ in self.layers]
 
     def forward(self, x, z):
         L, b = x.size(1), self.b
         pos, clean = slots(L, b, x.device)
         if b == 1:
-            return self.run(self.embedding(self.shift(x)), pos, "causal")[0]
+            return self.run(self.embedding(self.shift(x)), pos, "causal")
         tokens = torch.cat([x[:, :len(pos) - L], z], dim=1)
         mask = None if b >= L else attends(pos, clean, pos, clean, b)
-        return self.run(self.embedding(tokens), pos, mask)[0][:, -L:]
+        return self.run(self.embedding(tokens), pos, mask)[:, -L:]
 
     def shift(self, x):
         return F.pad(x[:, :-1], (1, 0), value=self.V)  # (B, L): [MASK] x_0 .. x_{L-2}
 
-    # The next two serve decoding and scoring. `past` is a list over layers of (2, B, H, P, D).
+    # The next three serve decoding and scoring. Keys and values are kept in tensors made once, with room for all.
 
     def decode(self, x, z, start, stop, past):
         """log p of tokens start..stop-1 (one block), given finished x[:, :start] -> (B, stop-start, V), new past.
 
-        `past` holds the clean slots that earlier calls ran (None at first); equal to the uncached model(x, z)."""
-        done = 0 if past is None else past[0].size(3)
+        past: keys, values and how many clean slots of them are done (None at first). Equal to the uncached model(x, z)."""
+        kv, done = past or (self.room(*x.shape) if self.b < x.size(1) else None, 0)
         pos = torch.arange(stop, device=x.device)
-        if self.b == 1:
-            new, n_noisy = self.shift(x[:, :stop])[:, done:], 0
-            pos_q, clean_q, pos_k, clean_k = pos[done:], pos[done:] >= 0, pos, pos >= 0
-        else:
-            new, n_noisy = torch.cat([x[:, done:start], z[:, start:stop]], dim=1), stop - start
-            pos_q, clean_q, pos_k, clean_k = pos[done:], pos[done:] < start, pos, pos < start
-        mask = attends(pos_q, clean_q, pos_k, clean_k, self.b)
-        logp, past = self.run(self.embedding(new), pos_q, mask, past)
-        return logp[:, start - stop:], [kv[:, :, :, :kv.size(3) - n_noisy] for kv in past]
+        clean = pos < (stop if self.b == 1 else start)
+        new = self.shift(x[:, :stop])[:, done:] if self.b == 1 else torch.cat([x[:, done:start], z[:, start:stop]], dim=1)
+        mask = attends(pos[done:], clean[done:], pos, clean, self.b) if done < start else None    # one block sees all
+        logp = self.run(self.embedding(new), pos[done:], mask, kv, done)
+        return logp[:, start - stop:], kv and (kv, stop if self.b == 1 else start)
 
     def prefill(self, x):
-        """AR only: log p(x_i | x_<i) (B, L, V), and the past that `extend` continues."""
-        return self.run(self.embedding(self.shift(x)), torch.arange(x.size(1), device=x.device), "causal")
+        """AR only: log p(x_i | x_<i) (B, L, V), and the keys and values that `extend` continues."""
+        past = self.room(*x.shape)
+        return self.run(self.embedding(self.shift(x)), torch.arange(x.size(1), device=x.device), "causal", past), past
 
     def extend(self, e, start, past, rows):
         """AR only: G other continuations e (R, G, W, d), as embeddings, of the text of `past` row rows[r], cut at start[r].
 
         Their first token enters slot start[r] (R,): it is token start[r]-1. -> log p(x_{start+w} | ..) (R, G, W, V)."""
-        R, G, W, d = e.shape
-        w, p = torch.arange(W, device=e.device), torch.arange(past[0].size(3), device=e.device)
+        (R, G, W, d), P = e.shape, past[0].size(3)
+        w, p = torch.arange(W, device=e.device), torch.arange(P, device=e.device)
         old = (p < start[:, None])[:, None, None, :].expand(-1, 1, G * W, -1)
         own = torch.block_diag(*[(w <= w[:, None])] * G).expand(R, 1, -1, -1)        # continuations do not see each other
         pos = (start[:, None] + w).clamp(max=self.L - 1).repeat(1, G)                # past the end: the caller's to ignore
-        logp, _ = self.run(e.view(R, G * W, d), pos, torch.cat([old, own], dim=-1), [kv[:, rows] for kv in past])
-        return logp.view(R, G, W, -1)
+        past = [F.pad(kv[:, rows], (0, 0, 0, G * W)) for kv in past]
+        return self.run(e.view(R, G * W, d), pos, torch.cat([old, own], dim=-1), past, P).view(R, G, W, -1)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -660,7 +662,32 @@ def draw(p, u):
     return torch.searchsorted(c, (u.to(c) * c[..., -1])[..., None], right=True)[..., 0].clamp(max=p.size(-1) - 1)
 
 
-ORDERS = ("ancestral", "confidence")
+def warp(logp, temperature=1.0, top_k=0, top_p=1.0):
+    """The probabilities that tokens are drawn with, from log-probabilities (.., V). Each row for itself.
+
+    temperature 0 and top_k 1 take the arg max; top_p keeps the likeliest tokens up to the one that reaches it."""
+    if temperature < 1e-6:
+        temperature, top_k = 1.0, 1
+    p = (logp / temperature).softmax(-1)
+    if top_k or top_p < 1:
+        best, index = p.sort(dim=-1, descending=True, stable=True)
+        keep = best.cumsum(-1) - best < top_p
+        keep[..., 0], keep[..., top_k or p.size(-1):] = True, False
+        p = torch.zeros_like(p).scatter(-1, index, best * keep)
+    return p / p.sum(-1, keepdim=True)
+
+
+def sureness(p, kind):
+    """How sure the network is of a token, 0 to 1, from its probabilities p (.., V) -> (..)."""
+    if kind == "confidence":
+        return p.amax(-1)
+    if kind == "margin":
+        return -p.topk(2).values.diff(dim=-1)[..., 0]
+    return (-torch.special.entr(p).sum(-1)).exp()                # entropy: 1 / the number it hesitates between
+
+
+SCORES = ("confidence", "margin", "entropy")
+ORDERS = ("ancestral", "random", *SCORES)
 
 
 def default_order(model):
@@ -669,44 +696,54 @@ def default_order(model):
 
 
 @torch.no_grad()
-def sample(model, z, steps, order=None, temperature=1.0):
+def sample(model, z, steps=0, order=None, threshold=0.0, noise=None, **how):
     """Fills the hidden tokens of z (B, L), block by block, each block in `steps` steps; yields the state after each.
 
-    ancestral: each hidden token is revealed with probability (t-s)/t, in other words at a uniform one of the steps;
-    confidence: the surest (most likely arg max) first, equally many a step. All of a step's tokens are drawn in parallel
-    from their own marginals. Given tokens never change; those right of a block are seen only at b = L. An AR model
-    (b = 1) has blocks of one token: ordinary generation. temperature 0 takes the arg max. order None: `default_order`."""
+    A step reveals some tokens, all drawn in parallel from their own marginals (`warp(**how)`). How many: equally many
+    a step; with a threshold all that are at least so sure, but one or more, in as many steps as it takes; ancestral:
+    each at a uniform one of the steps, in other words with probability (t-s)/t. Which: `random` ones (and ancestral), or
+    the surest first by the probability of the likeliest token (`confidence`), its lead over the second (`margin`), or
+    the entropy. Given tokens never change; those right of a block are seen only at b = L. An AR model has blocks of one
+    token: ordinary generation. steps 0: one token a step. noise (B, L, 2): uniforms, so that a row can be had again."""
     order = order or default_order(model)
     if order not in ORDERS:
-        raise UserError(f"--order {order}: unknown; use {' or '.join(ORDERS)}")
+        raise UserError(f"--order {order}: unknown; use {', '.join(ORDERS)}")
     if z.size(1) > model.L:
         raise UserError(f"--length {z.size(1)}: longer than the model's context of {model.L}")
-    z, b = z.clone(), model.b
-    B, L = z.shape
-    steps = steps if b > 1 else 1                                # a block of one token takes one
-    u, when = torch.rand(B, L, device=z.device), (torch.rand(B, L, device=z.device) * steps).long()
+    z, b, V, (B, L) = z.clone(), model.b, model.V, z.shape
+    n, N = -(-L // b), 1 if b == 1 else b if threshold else steps or b              # blocks; steps in each
+    u, shuffle = (torch.rand(B, L, 2, device=z.device) if noise is None else noise).unbind(-1)
+    hidden = F.pad(z == V, (0, n * b - L)).view(B, n, b)
+    if order == "ancestral":
+        when = F.pad((shuffle * N).long(), (0, n * b - L)).view(B, n, b)
+        count = hidden.new_zeros(B, n, N, dtype=torch.long).scatter_add(2, when, hidden.long())
+    else:                                                                          # tokens revealed by row, block, step
+        edges = hidden.sum(-1, keepdim=True) * torch.arange(N + 1, device=z.device)
+        count = ((edges + N - 1) // N).diff(dim=-1)
+    busy = (count > 0).sum(0).tolist()                     # rows that reveal something: known before the first call
     past = None
     yield z.clone()
-    for start in range(0, L, b):
-        stop = min(start + b, L)
-        hidden = z[:, start:stop] == model.V
-        total = hidden.sum(1, keepdim=True)
-        for n in range(steps):
-            reveal = hidden & (when[:, start:stop] == n) if order == "ancestral" else hidden
-            if reveal.any():                                     # else nothing changes: the network need not run
-                logp, past = model.decode(z, z, start, stop, past)
-                if order == "confidence":
-                    sure = logp.amax(-1).masked_fill(~hidden, -math.inf)
-                    rank = sure.argsort(-1, descending=True).argsort(-1)
-                    upto = (total * (n + 1) + steps - 1) // steps            # revealed after this step, of `total`
-                    reveal = hidden & (rank < upto - (total - hidden.sum(1, keepdim=True)))
-                x = logp.argmax(-1) if temperature < 1e-6 else draw((logp / temperature).softmax(-1), u[:, start:stop])
-                z[:, start:stop] = torch.where(reveal, x, z[:, start:stop])
-                hidden = hidden & ~reveal
+    for k, start in enumerate(range(0, L, b)):
+        stop, first = min(start + b, L), b < L             # the first call of a block runs all rows: it fills the cache
+        for step in range(N):
+            hidden = z[:, start:stop] == V
+            rows = hidden.any(1) if threshold else count[:, k, step] > 0
+            number = int(rows.sum()) if threshold else busy[k][step]
+            if number:                                     # else nothing changes: the network need not run
+                everyone = first or number == B
+                r = slice(None) if everyone else rows.nonzero()[:, 0]
+                kept = past if everyone or not past else ([kv[:, r] for kv in past[0]], past[1])
+                logp, kept = model.decode(z[r], z[r], start, stop, kept)
+                past, first, hidden = kept if everyone else past, False, hidden[r]
+                sure = sureness(logp.exp(), order) if order in SCORES else 1 - shuffle[r, start:stop].to(logp)
+                rank = sure.masked_fill(~hidden, -1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+                some = ((sure >= threshold) & hidden).sum(1).clamp(min=1) if threshold else count[r, k, step]
+                x = draw(warp(logp, **how), u[r, start:stop])
+                z[r, start:stop] = torch.where(hidden & (rank < some[:, None]), x, z[r, start:stop])
             yield z.clone()
 
 
-def generate(model, B, steps=1, given=None, **how):
+def generate(model, B, steps=0, given=None, **how):
     """The last state of `sample`: B texts (B, L). given (B, L) or (L,): tokens to keep, [MASK] where to write."""
     z = torch.full((B, model.L), model.V, device=model.embedding.weight.device)
     if given is not None:
@@ -999,9 +1036,9 @@ def pick_device(name):
     return name
 
 
-def option(default, help, choices=None, at_least=None):
+def option(default, help, choices=None, at_least=None, at_most=2 ** 63 - 1):
     """A field of a script's config: the command line and --help are made from it."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "at_least": at_least})
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "range": (at_least, at_most)})
 
 
 def parse(cls, argv=None, doc=None):
@@ -1017,9 +1054,9 @@ def parse(cls, argv=None, doc=None):
         p.add_argument("--" + f.name, default=f.default, help=f.metadata["help"], **extra)
     o = cls(**vars(p.parse_args(argv)))
     for f in dataclasses.fields(cls):
-        low, value = f.metadata["at_least"], getattr(o, f.name)
-        if low is not None and not (low <= value < 2 ** 63):
-            raise UserError(f"--{f.name} {value}: must be {f'{low} or more' if not value >= 2 ** 63 else 'below 2^63'}")
+        (low, high), value = f.metadata["range"], getattr(o, f.name)
+        if low is not None and not low <= value <= high:
+            raise UserError(f"--{f.name} {value}: must be {f'at most {high}' if value > high else f'{low} or more'}")
     return o
 
 

@@ -25,9 +25,14 @@ class Options:
     length: int = option(0, "tokens in all; 0: the model's context, or the prompt's length if it has gaps", at_least=0)
     number: int = option(4, "texts", at_least=1)
     steps: int = option(0, "steps a block; 0: one token a step", at_least=0)
-    order: str = option("", "which tokens come first: ancestral (random), confidence (surest); empty: confidence inside "
-                        "blocks, ancestral over a whole text", choices=("", *dlm.ORDERS))
+    order: str = option("", "which tokens come first: random ones (ancestral: at random times too), or the surest by "
+                        "their confidence, margin or entropy; empty: confidence inside blocks, ancestral over a whole "
+                        "text", choices=("", *dlm.ORDERS))
+    threshold: float = option(0.0, "reveal all that are at least so sure (0 to 1) at once, instead of --steps",
+                              at_least=0, at_most=1)
     temperature: float = option(1.0, "below 1 sharper, 0 the likeliest token", at_least=0)
+    top_k: int = option(0, "draw from the K likeliest tokens only; 0: from all", at_least=0)
+    top_p: float = option(1.0, "draw from the likeliest tokens that together reach this probability", at_least=0, at_most=1)
     seed: int = option(0, "seed: the same seed and options give the same texts", at_least=0)
     device: str = option("auto", "auto, cuda, mps or cpu")
 
@@ -76,7 +81,8 @@ def main(argv=None):
         print(f"note: tokens right of a gap's block are kept but not seen while it is written (b = {model.b}); a model "
               "trained with --block 0 sees them", file=sys.stderr)
     torch.manual_seed(o.seed)
-    x = dlm.generate(model, o.number, o.steps or model.b, z, order=o.order, temperature=o.temperature)
+    x = dlm.generate(model, o.number, o.steps, z, order=o.order, threshold=o.threshold, temperature=o.temperature,
+                     top_k=o.top_k, top_p=o.top_p)
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for i in range(o.number):
         print(f"--- {i + 1}\n{show(x[i].tolist(), (z[i] < model.V).tolist(), tokenizer, colour)}")

@@ -1,4 +1,6 @@
 """Every objective, target and sampler against brute force: all texts of V=3, L=4, or an exact source."""
+import collections
+import functools
 import itertools
 import math
 
@@ -306,6 +308,115 @@ def test_many_steps_are_the_random_order_sampler():
     torch.manual_seed(0)
     x = dlm.generate(model, 3000, 200)
     assert chi_square((x @ V ** torch.arange(L - 1, -1, -1)).bincount(minlength=V ** L), random_order) < 1
+
+
+GIVEN = (1, MASK, MASK, MASK)   # with nothing given, a network without positions is equally sure everywhere: ties
+
+
+def law_of_order(model, order, N, threshold=0.0):
+    """The exact law of `sample` from GIVEN, by following every path: which tokens each step reveals, and as what. (V^L,)"""
+    x, L, b = texts(), model.L, model.b
+
+    @functools.cache
+    def outcomes(z, start, step):
+        """{text: probability} from state z, when `step` steps of the block at `start` are done."""
+        if start >= L:
+            return {z: 1.0}
+        block = range(start, min(start + b, L))
+        hidden = [i for i in block if z[i] == MASK]
+        steps = 1 if b == 1 else b if threshold else N
+        if step == steps:
+            return outcomes(z, block[-1] + 1, 0)
+        p = model(torch.tensor([z]), torch.tensor([z])).exp()[0].detach()
+        sure = {i: {"confidence": p[i].max(), "margin": p[i].sort().values[-1] - p[i].sort().values[-2],
+                    "entropy": -(p[i] * -p[i].log()).sum()}.get(order) for i in hidden}
+        ranked = sorted(hidden, key=lambda i: -sure[i]) if order != "random" else hidden
+        total = sum(GIVEN[i] == MASK for i in block)
+        count = -(-total * (step + 1) // steps) - -(-total * step // steps)
+        if threshold:
+            count = max(1, sum(float(sure[i]) >= threshold for i in hidden))
+        chosen = [ranked[:count]] if order != "random" else list(itertools.combinations(hidden, min(count, len(hidden))))
+        law = collections.Counter()
+        for now in chosen:
+            for values in itertools.product(range(V), repeat=len(now)):
+                after, q = list(z), 1 / len(chosen)
+                for i, v in zip(now, values):
+                    after[i], q = v, q * p[i, v].item()
+                for text, r in outcomes(tuple(after), start, step + 1).items():
+                    law[text] += q * r
+        return law
+
+    law = outcomes(GIVEN, 0, 0)
+    return torch.tensor([law[tuple(t)] for t in x.tolist()])
+
+
+@pytest.mark.parametrize("order", ["random", "confidence", "margin", "entropy"])
+@pytest.mark.parametrize("make", [source, random_model], ids=["source", "Transformer"])
+def test_every_order_follows_its_law(make, order):
+    for b, N in [(4, 1), (4, 2), (4, 3), (4, 4), (2, 1), (2, 2), (3, 2)]:
+        model = make(b)
+        law = law_of_order(model, order, N)
+        torch.manual_seed(N)
+        x = dlm.generate(model, 5000, N, torch.tensor(GIVEN), order=order)
+        assert chi_square((x @ V ** torch.arange(L - 1, -1, -1)).bincount(minlength=V ** L), law) < 1, (b, N)
+
+
+@pytest.mark.parametrize("make", [source, random_model], ids=["source", "Transformer"])
+@pytest.mark.parametrize("threshold", [0.3, 0.55, 0.7, 1.0])
+def test_threshold_follows_its_law(make, threshold):
+    for b in (2, 4):
+        model = make(b)
+        law = law_of_order(model, "confidence", 0, threshold)
+        torch.manual_seed(0)
+        x = dlm.generate(model, 5000, given=torch.tensor(GIVEN), order="confidence", threshold=threshold)
+        assert chi_square((x @ V ** torch.arange(L - 1, -1, -1)).bincount(minlength=V ** L), law) < 1, b
+
+
+@pytest.mark.parametrize("order", dlm.ORDERS)
+@pytest.mark.parametrize("make", [source, random_model], ids=["source", "Transformer"])
+@pytest.mark.parametrize("b", [1, 2, 4])
+def test_a_row_is_the_same_alone_and_among_others(make, order, b):
+    noise = torch.rand(9, L, 2, dtype=torch.float64)
+    given = torch.where(torch.rand(9, L) < 0.3, torch.randint(V, (9, L)), MASK)
+    for how in ({"steps": 2}, {"steps": 7}, {"threshold": 0.6}, {"steps": 2, "temperature": 0.7, "top_k": 2, "top_p": 0.8}):
+        states = list(dlm.sample(make(b), given, order=order, noise=noise, **how))
+        alone = [list(dlm.sample(make(b), given[r:r + 1], order=order, noise=noise[r:r + 1], **how)) for r in range(9)]
+        assert torch.equal(states[-1], torch.cat([a[-1] for a in alone]))
+
+
+def test_calls_are_counted_and_none_is_wasted():
+    """METHODS 6: ancestral with N steps over L tokens needs N(1 - (1 - 1/N)^L) calls for a row, on average."""
+    model = random_model(64, L=64, dtype=torch.float32)
+    for N, mean in [(64, 40.6), (256, 56.7)]:
+        calls = []
+        for seed in range(30):
+            torch.manual_seed(seed)
+            with dlm.counting(model) as count:
+                dlm.generate(model, 1, N, order="ancestral")
+            calls.append(count["calls"])
+        calls = torch.tensor(calls).float()
+        assert abs(calls.mean() - mean) < 3 * calls.std() / 30 ** 0.5
+    with dlm.counting(model) as count:                      # in a batch a row is run only when it reveals something
+        dlm.generate(model, 50, 64, order="ancestral")
+    assert abs(count["slots"] / 64 / 50 - 40.6) < 2 and count["calls"] <= 64
+    with dlm.counting(model) as count:
+        dlm.generate(model, 3, 200, order="confidence")     # more steps than tokens: one call a token
+    assert count["calls"] == 64
+    with dlm.counting(model) as count:
+        dlm.generate(model, 3, 64, torch.zeros(64, dtype=torch.long))
+    assert count["calls"] == 0                              # nothing is hidden
+
+
+def test_top_k_and_top_p_keep_rows_apart():
+    p = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]])
+    warp = lambda **how: dlm.warp(p.log(), **how)   # noqa: E731
+    torch.testing.assert_close(warp(), p)
+    torch.testing.assert_close(warp(top_k=2), torch.tensor([[0.625, 0.375, 0], [0, 2 / 9, 7 / 9]]))
+    torch.testing.assert_close(warp(top_k=1), torch.tensor([[1.0, 0, 0], [0, 0, 1]]))
+    torch.testing.assert_close(warp(temperature=0), warp(top_k=1))
+    torch.testing.assert_close(warp(top_p=0.6), torch.tensor([[0.625, 0.375, 0], [0, 0, 1]]))
+    torch.testing.assert_close(warp(top_p=0.01), warp(top_k=1))
+    torch.testing.assert_close(warp(temperature=0.5), p ** 2 / (p ** 2).sum(-1, keepdim=True))
 
 
 def test_confidence_takes_the_surest_position_first():

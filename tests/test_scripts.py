@@ -555,10 +555,10 @@ TRAIN = ["--n_layer 0", "--n_head 0", "--n_head -2", "--n_embd 0", "--context 0"
          "--tokenizer bpe:x", "--tokenizer gpt2:4", "--tokenizer a/b", "--out tiny.txt",
          "--out tiny.txt/run", "--out " + "x" * 300]
 DISTILL = ["--method tsc", "--states texts", "--target top", "--divergence kl", "--divergence reverse", "--block 17",
-           "--block 1", "--block -4", "--candidates 0", "--texts 3", "--fraction nan", "--fraction -1", "--steps 0", "--batch_size 0", "--lr nan", "--tokenizer word",
+           "--block 1", "--block -4", "--candidates 0", "--texts 3", "--fraction nan", "--fraction -1", "--fraction 1.01", "--steps 0", "--batch_size 0", "--lr nan", "--tokenizer word",
            f"--teacher {TCS}", f"--teacher {MDLM}", "--teacher runs/other", "--teacher runs/short",
            "--student runs/other", "--student runs/short", "--student teacher", "--out tiny.txt"]
-SAMPLE = ["--length 17", "--length -1", "--number 0", "--number -1", "--steps -1", "--temperature nan",
+SAMPLE = ["--threshold 1.5", "--threshold -1", "--threshold nan", "--top_k -1", "--top_p 1.1", "--top_p nan", "--length 17", "--length -1", "--number 0", "--number -1", "--steps -1", "--temperature nan",
           "--temperature -1", "--temperature inf", "--order left", "--prompt TheTheTheTheTheThe",
           "--prompt Thethethethethet", "--prompt ____________the____", "--prompt The_of",
           "--prompt Théorème", "--prompt 42", "--length 2 --prompt The", "--length 4 --prompt The____"]
