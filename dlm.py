@@ -697,22 +697,33 @@ def default_order(model):
 
 @torch.no_grad()
 def sample(model, z, steps=0, order=None, threshold=0.0, noise=None, **how):
-    """Fills the hidden tokens of z (B, L), block by block, each block in `steps` steps; yields the state after each.
+    """Fills the hidden tokens of z (B, T), block by block, each block in `steps` steps; yields the state after each.
 
     A step reveals some tokens, all drawn in parallel from their own marginals (`warp(**how)`). How many: equally many
     a step; with a threshold all that are at least so sure, but one or more, in as many steps as it takes; ancestral:
     each at a uniform one of the steps, in other words with probability (t-s)/t. Which: `random` ones (and ancestral), or
     the surest first by the probability of the likeliest token (`confidence`), its lead over the second (`margin`), or
     the entropy. Given tokens never change; those right of a block are seen only at b = L. An AR model has blocks of one
-    token: ordinary generation. steps 0: one token a step. noise (B, L, 2): uniforms, so that a row can be had again."""
+    token: ordinary generation. steps 0: one token a step. noise (B, T, 2): uniforms, so that a row can be had again.
+    Beyond the model's context the text goes on in windows, each of which sees the last half context before it."""
     order = order or default_order(model)
     if order not in ORDERS:
         raise UserError(f"--order {order}: unknown; use {', '.join(ORDERS)}")
-    if z.size(1) > model.L:
-        raise UserError(f"--length {z.size(1)}: longer than the model's context of {model.L}")
+    L, b, z = model.L, model.b, z.clone()
+    noise = torch.rand(*z.shape, 2, device=z.device) if noise is None else noise
+    keep = L // 2 if b == L else L // 2 // b * b
+    yield z.clone()
+    for w in range(0, max(1, z.size(1) - keep), L - keep):
+        for part in fill(model, z[:, w:w + L], noise[:, w:w + L], steps, order, threshold, how):
+            z[:, w:w + L] = part
+            yield z.clone()
+
+
+def fill(model, z, noise, steps, order, threshold, how):
+    """`sample` within one context, (B, L)."""
     z, b, V, (B, L) = z.clone(), model.b, model.V, z.shape
     n, N = -(-L // b), 1 if b == 1 else b if threshold else steps or b              # blocks; steps in each
-    u, shuffle = (torch.rand(B, L, 2, device=z.device) if noise is None else noise).unbind(-1)
+    u, shuffle = noise.unbind(-1)
     hidden = F.pad(z == V, (0, n * b - L)).view(B, n, b)
     if order == "ancestral":
         when = F.pad((shuffle * N).long(), (0, n * b - L)).view(B, n, b)
@@ -722,7 +733,6 @@ def sample(model, z, steps=0, order=None, threshold=0.0, noise=None, **how):
         count = ((edges + N - 1) // N).diff(dim=-1)
     busy = (count > 0).sum(0).tolist()                     # rows that reveal something: known before the first call
     past = None
-    yield z.clone()
     for k, start in enumerate(range(0, L, b)):
         stop, first = min(start + b, L), b < L             # the first call of a block runs all rows: it fills the cache
         for step in range(N):
@@ -740,7 +750,7 @@ def sample(model, z, steps=0, order=None, threshold=0.0, noise=None, **how):
                 some = ((sure >= threshold) & hidden).sum(1).clamp(min=1) if threshold else count[r, k, step]
                 x = draw(warp(logp, **how), u[r, start:stop])
                 z[r, start:stop] = torch.where(hidden & (rank < some[:, None]), x, z[r, start:stop])
-            yield z.clone()
+            yield z
 
 
 def generate(model, B, steps=0, given=None, **how):
@@ -972,7 +982,7 @@ class Trainer:
 FORMAT = "dlm checkpoint 1"
 
 
-def replace_file(path, write):
+def replace_file(path, write, option="--out"):
     """Writes a file whole or not at all: write(f) fills a temporary one beside it, which then takes its place."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -986,7 +996,7 @@ def replace_file(path, write):
     except OSError as e:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise UserError(f"--out: cannot write {path} ({e.strerror}); free some space or name another folder") from None
+        raise UserError(f"{option}: cannot write {path} ({e.strerror}); free some space or name another folder") from None
 
 
 def save(path, model, tokenizer, options, trainer=None, weights=None):

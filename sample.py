@@ -3,10 +3,14 @@
     python sample.py                                        # the newest model in runs/
     python sample.py --prompt "The statement "              # goes on from a prompt
     python sample.py --prompt "The ________ of an object"   # fills gaps: three or more underscores, one token each
+    python sample.py --watch                                # shows the text as it resolves
 """
+import itertools
 import os
 import re
+import shutil
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +26,9 @@ SHIPPED = Path(__file__).parent / "assets" / "dlm-docs.pt"  # a small trained mo
 class Options:
     checkpoint: str = option("", "a run's folder or checkpoint; empty: the newest in runs/, else the one in assets/")
     prompt: str = option("", "text to keep; each run of three or more underscores is a gap of as many tokens")
-    length: int = option(0, "tokens in all; 0: the model's context, or the prompt's length if it has gaps", at_least=0)
+    length: int = option(0, "tokens in all, also more than the model's context; 0: the context, or the prompt's length if "
+                         "it has gaps", at_least=0)
+    stop: str = option("", "end each text before this string")
     number: int = option(4, "texts", at_least=1)
     steps: int = option(0, "steps a block; 0: one token a step", at_least=0)
     order: str = option("", "which tokens come first: random ones (ancestral: at random times too), or the surest by "
@@ -33,6 +39,8 @@ class Options:
     temperature: float = option(1.0, "below 1 sharper, 0 the likeliest token", at_least=0)
     top_k: int = option(0, "draw from the K likeliest tokens only; 0: from all", at_least=0)
     top_p: float = option(1.0, "draw from the likeliest tokens that together reach this probability", at_least=0, at_most=1)
+    watch: bool = option(False, "show the text as it resolves: hidden tokens dim, new ones bright")
+    gif: str = option("", "draw that into this file, the first text only")
     seed: int = option(0, "seed: the same seed and options give the same texts", at_least=0)
     device: str = option("auto", "auto, cuda, mps or cpu")
 
@@ -50,23 +58,62 @@ def read_prompt(o, model, tokenizer):
              for p in re.split(r"(_{3,})", o.prompt) if p]
     z = torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
     length = o.length or (len(z) if (z == model.V).any() else model.L)
-    if length > model.L:
-        raise UserError(f"{f'--length {length}' if o.length else '--prompt'}: {length} tokens, more than the model's context "
-                        f"of {model.L}; ask for less")
     if len(z) > length or (len(z) == length and not (z == model.V).any()):
-        raise UserError(f"--prompt: {len(z)} tokens leave no room in {length}; shorten it, or leave a ___ gap")
+        raise UserError(f"--prompt: {len(z)} tokens leave no room in {length}; shorten it, ask for more with --length, or "
+                        "leave a ___ gap")
     return torch.cat([z, torch.full((length - len(z),), model.V)])
 
 
-def show(tokens, given, tokenizer, colour):
-    """The text; given tokens stand out in cyan on a terminal."""
-    out, start = "", 0
-    for i in range(1, len(tokens) + 1):
-        if i == len(tokens) or given[i] != given[start]:
-            piece = tokenizer.decode(tokens[start:i])
-            out += f"\033[36m{piece}\033[0m" if colour and given[start] else piece
-            start = i
-    return out
+HIDDEN = "░"
+COLOURS = {"given": "\033[36m", "hidden": "\033[2m", "new": "\033[1;32m", "old": ""}     # in a terminal
+INKS = {"given": "#0a7d8c", "hidden": "#bbbbbb", "new": "#1a9641", "old": "#222222"}       # in a picture
+
+
+def cells(tokens, before, given, tokenizer, V, stop=""):
+    """A text as (character, kind): given, hidden, new since the state `before`, or old; cut at `stop`; whether it was."""
+    kinds = ["given" if g else "hidden" if t == V else "new" if b == V else "old" for t, b, g in zip(tokens, before, given)]
+    out = []
+    for kind, run in itertools.groupby(zip(kinds, tokens), key=lambda pair: pair[0]):
+        ids = [t for _, t in run]
+        out += [(c, kind) for c in (HIDDEN * len(ids) if kind == "hidden" else tokenizer.decode(ids))]
+    prompt = sum(1 for _ in itertools.takewhile(lambda cell: cell[1] == "given", out))
+    end = "".join(c for c, _ in out).find(stop, prompt) if stop else -1
+    ended = end >= 0 and all(kind != "hidden" for _, kind in out[:end])
+    return (out[:end] if ended else out), ended
+
+
+def wrap(text, width):
+    """Cells -> lines of at most `width` of them."""
+    lines = [[]]
+    for c, kind in text:
+        if c == "\n" or len(lines[-1]) == width:
+            lines.append([])
+        if c != "\n":
+            lines[-1].append((c, kind))
+    return lines
+
+
+def coloured(line, colour):
+    runs = [(kind, "".join(c for c, _ in run)) for kind, run in itertools.groupby(line, key=lambda cell: cell[1])]
+    return "".join(f"{COLOURS[kind]}{text}\033[0m" if colour and COLOURS[kind] else text for kind, text in runs)
+
+
+def draw_gif(frames, path):
+    """frames: texts as cells. Pillow, and the font, come with matplotlib."""
+    from matplotlib.font_manager import findfont
+    from PIL import Image, ImageDraw, ImageFont
+    font = ImageFont.truetype(findfont("DejaVu Sans Mono"), 15)
+    frames = [wrap(text, 72) for text in frames]
+    size = 9 * max(len(line) for f in frames for line in f) + 20, 20 * max(map(len, frames)) + 20
+    pictures = []
+    for frame in frames:
+        pictures.append(Image.new("RGB", size, "white"))
+        for y, line in enumerate(frame):
+            for x, (c, kind) in enumerate(line):
+                ImageDraw.Draw(pictures[-1]).text((10 + 9 * x, 10 + 20 * y), c, INKS[kind], font)
+    milliseconds = [90] * (len(pictures) - 1) + [2500]
+    dlm.replace_file(path, lambda f: pictures[0].save(f, "GIF", save_all=True, append_images=pictures[1:],
+                                                      duration=milliseconds, loop=0), "--gif")
 
 
 def main(argv=None):
@@ -80,12 +127,32 @@ def main(argv=None):
     if dlm.unseen(z, model):
         print(f"note: tokens right of a gap's block are kept but not seen while it is written (b = {model.b}); a model "
               "trained with --block 0 sees them", file=sys.stderr)
+    terminal, given, states, height = sys.stdout.isatty(), (z < model.V).tolist(), [z], 0
+    width, colour = shutil.get_terminal_size().columns, terminal and "NO_COLOR" not in os.environ
+
+    def texts(now, before):
+        return [cells(*row, tokenizer, model.V, o.stop) for row in zip(now.tolist(), before.tolist(), given)]
+
+    def lines(now, before):
+        for i, (text, _) in enumerate(texts(now, before)):
+            yield f"--- {i + 1}"
+            yield from (coloured(line, colour) for line in wrap(text, width if terminal else -1))
+
     torch.manual_seed(o.seed)
-    x = dlm.generate(model, o.number, o.steps, z, order=o.order, threshold=o.threshold, temperature=o.temperature,
-                     top_k=o.top_k, top_p=o.top_p)
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    for i in range(o.number):
-        print(f"--- {i + 1}\n{show(x[i].tolist(), (z[i] < model.V).tolist(), tokenizer, colour)}")
+    for state in dlm.sample(model, z, o.steps, o.order, o.threshold, temperature=o.temperature, top_k=o.top_k, top_p=o.top_p):
+        if torch.equal(state, states[-1]):
+            continue
+        if o.watch and terminal:
+            picture = list(lines(state, states[-1]))
+            print(f"\033[{height}A\033[J" * (height > 0) + "\n".join(picture), flush=True)
+            height = len(picture)
+            time.sleep(0.08)
+        states.append(state)
+        if o.stop and all(ended for _, ended in texts(state, state)):
+            break
+    print(f"\033[{height}A\033[J" * (height > 0) + "\n".join(lines(states[-1], states[-1])))
+    if o.gif:
+        draw_gif([texts(*both)[0][0] for both in zip(states[1:], states)] + [texts(states[-1], states[-1])[0][0]], o.gif)
 
 
 if __name__ == "__main__":

@@ -330,7 +330,9 @@ def test_a_note_where_the_right_side_is_not_seen(call, run, prompt, noted):
 @pytest.mark.parametrize("argv, lengths", [
     ("", [16] * 4), ("--number 1", [16]), ("--length 5", [5] * 4), ("--length 1", [1] * 4), ("--steps 1", [16] * 4),
     ("--length 9 --prompt The", [9] * 4), ("--length 9 --prompt T___", [9] * 4), ("--steps 50", [16] * 4),
-    ("--order confidence", [16] * 4), ("--order ancestral --temperature 0.5", [16] * 4)])
+    ("--order confidence", [16] * 4), ("--order ancestral --temperature 0.5", [16] * 4), ("--order random", [16] * 4),
+    ("--order margin --steps 2", [16] * 4), ("--order entropy --top_k 2", [16] * 4), ("--threshold 0.1", [16] * 4),
+    ("--threshold 0.5 --top_p 0.5", [16] * 4), ("--length 17", [17] * 4), ("--length 50 --prompt The", [50] * 4)])
 def test_number_and_length(call, run, argv, lengths):
     code, out, _ = call("sample", f"--checkpoint {run} {argv}")
     assert code == 0 and [len(t) for t in texts(out)] == lengths
@@ -347,6 +349,55 @@ def test_temperature_0_leaves_nothing_to_chance(call, run):
 def test_a_tiny_temperature_is_temperature_0(call, run):
     argv = f"--checkpoint {run} --order confidence --temperature"
     assert texts(call("sample", f"{argv} 0")[1]) == texts(call("sample", f"{argv} 1e-6")[1])
+
+
+@pytest.mark.parametrize("run", [AR, TCS, MDLM])
+def test_stop_ends_each_text_before_it(call, run):
+    whole = texts(call("sample", f"--checkpoint {run} --number 8 --length 40 --prompt The")[1])
+    ended = texts(call("sample", f"--checkpoint {run} --number 8 --length 40 --prompt The --stop e")[1])
+    assert ended == [t[:at] if (at := t.find("e", 3)) >= 0 else t for t in whole] and ended != whole
+
+
+def test_stop_ends_early(call, monkeypatch):
+    calls, run = [], dlm.Transformer.run
+    monkeypatch.setattr(dlm.Transformer, "run", lambda *a, **how: calls.append(1) or run(*a, **how))
+    argv = f"--checkpoint {AR} --number 1 --length 200 --prompt The"
+    whole = texts(call("sample", argv)[1])[0]
+    stop, before = whole[20], len(calls)
+    assert texts(call("sample", f"{argv} --stop", stop)[1]) == [whole[:whole.index(stop, 3)]]
+    assert len(calls) - before < 20 < before
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_watch_shows_every_state_in_place(call, monkeypatch, no_color):
+    monkeypatch.setattr(sample.time, "sleep", lambda s: None)
+    quiet = texts(call("sample", f"--checkpoint {TCS} --number 1 --prompt The")[1])[0]
+    assert call("sample", f"--checkpoint {TCS} --number 1 --prompt The --watch")[1].count("---") == 1   # a pipe: no animation
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1") if no_color else monkeypatch.delenv("NO_COLOR", raising=False)
+    out = call("sample", f"--checkpoint {TCS} --number 1 --prompt The --watch")[1]
+    pictures = re.split(r"\033\[\d+A\033\[J", out)
+    assert len(pictures) == 16 - 3 + 1                                     # a token a step, and the finished text
+    plain = [re.sub(r"\033\[[\d;]*m", "", p).split("\n", 1)[1].rstrip("\n") for p in pictures]
+    assert [p.count(sample.HIDDEN) for p in plain] == [*range(12, -1, -1), 0] and plain[-1] == quiet
+    assert ("\033[1;32m" in out and "\033[2m" in out) != no_color
+
+
+def test_gif_is_a_moving_picture(call):
+    from PIL import Image
+    assert call("sample", f"--checkpoint {TCS} --number 2 --prompt The --gif a.gif")[0] == 0
+    picture = Image.open("a.gif")
+    assert picture.format == "GIF" and picture.n_frames == 16 - 3 + 1
+
+
+def test_gif_that_cannot_be_written(call):
+    code, out, err = call("sample", "--gif tiny.txt/a.gif")
+    assert code == 2 and err.splitlines()[-1].startswith("error: --gif: cannot write") and len(texts(out)) == 4
+
+
+def test_wrapping():
+    text = [(c, "old") for c in "ab\ncdefg"]
+    assert ["".join(c for c, _ in line) for line in sample.wrap(text, 3)] == ["ab", "cde", "fg"]
 
 
 def test_newest_run_is_the_default(call):
@@ -558,9 +609,10 @@ DISTILL = ["--method tsc", "--states texts", "--target top", "--divergence kl", 
            "--block 1", "--block -4", "--candidates 0", "--texts 3", "--fraction nan", "--fraction -1", "--fraction 1.01", "--steps 0", "--batch_size 0", "--lr nan", "--tokenizer word",
            f"--teacher {TCS}", f"--teacher {MDLM}", "--teacher runs/other", "--teacher runs/short",
            "--student runs/other", "--student runs/short", "--student teacher", "--out tiny.txt"]
-SAMPLE = ["--threshold 1.5", "--threshold -1", "--threshold nan", "--top_k -1", "--top_p 1.1", "--top_p nan", "--length 17", "--length -1", "--number 0", "--number -1", "--steps -1", "--temperature nan",
+SAMPLE = ["--threshold 1.5", "--threshold -1", "--threshold nan", "--top_k -1", "--top_p 1.1", "--top_p nan",
+          "--length -1", "--number 0", "--number -1", "--steps -1", "--temperature nan",
           "--temperature -1", "--temperature inf", "--order left", "--prompt TheTheTheTheTheThe",
-          "--prompt Thethethethethet", "--prompt ____________the____", "--prompt The_of",
+          "--prompt Thethethethethet", "--prompt The_of",
           "--prompt Théorème", "--prompt 42", "--length 2 --prompt The", "--length 4 --prompt The____"]
 
 
