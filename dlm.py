@@ -763,6 +763,25 @@ def generate(model, B, steps=0, given=None, **how):
     return z
 
 
+@torch.no_grad()
+def correct(model, x, doubt=3.0):
+    """Rewrites unlikely tokens of a text x (L,), the worst first; yields (position, its doubt, the text so far).
+
+    A token's doubt: how much likelier, in nats, the network finds its favourite in that place, given all the others that
+    it may see. One call over L rows, each with one token hidden, judges them all; the worst becomes the favourite, and
+    so on until none is doubted by more than `doubt`, or every place was tried once."""
+    x, tried, eye = x.clone(), torch.zeros_like(x, dtype=torch.bool), torch.eye(len(x), dtype=torch.bool, device=x.device)
+    while True:
+        logp = model(x.expand(len(x), -1), x.masked_fill(eye, model.V))[eye]                          # (L, V)
+        best, v = logp.max(-1)
+        excess = (best - logp.gather(1, x[:, None])[:, 0]).masked_fill(tried, -1)
+        i = int(excess.argmax())
+        if excess[i] <= doubt:
+            return
+        x[i], tried[i] = v[i], True
+        yield i, float(excess[i]), x.clone()
+
+
 def unseen(z, model):
     """Whether some given token right of a hidden block will not be seen when that block is written (b < L)."""
     hidden, given = z == model.V, z < model.V
@@ -784,11 +803,12 @@ def seeded(seed):
 
 @contextlib.contextmanager
 def counting(model):
-    """Counts what the network does inside: {"calls": of the network, "slots": tokens run, over all rows}."""
-    count = {"calls": 0, "slots": 0}
+    """Counts what the network does inside: {"calls": of the network, "rows" in all of them, "slots": tokens run}."""
+    count = {"calls": 0, "rows": 0, "slots": 0}
 
     def hook(_, inputs, output):
         count["calls"] += 1
+        count["rows"] += len(inputs[0])
         count["slots"] += inputs[0].shape[:-1].numel()
 
     handle = model.head.register_forward_hook(hook)
@@ -824,6 +844,12 @@ def entropy(x, n=1):
     return torch.special.entr(counts / counts.sum()).sum().item()
 
 
+def distinct(x, n):
+    """Share of the n-grams of texts x (B, L), pooled, that are different ones."""
+    grams = x.unfold(1, n, 1).reshape(-1, n)
+    return len(grams.unique(dim=0)) / len(grams)
+
+
 def known_words(texts, words):
     """Share of the whole words in `texts` (strings; the first and last may be cut and do not count) that are in `words`."""
     found = [w for t in texts for w in re.findall(r"\w+", t)[1:-1]]
@@ -833,6 +859,7 @@ def known_words(texts, words):
 def judge_samples(judge, x, text):
     """What is said of generated tokens x (B, L): NLL under an AR judge, entropies, share of known words."""
     return {"judge_nll": bound(judge, x)[0], "entropy": entropy(x), "bigram_entropy": entropy(x, 2),
+            "distinct_2": distinct(x, 2), "distinct_3": distinct(x, 3),
             "known_words": known_words([text.tokenizer.decode(t) for t in x], text.words)}
 
 

@@ -4,6 +4,8 @@
     python sample.py --prompt "The statement "              # goes on from a prompt
     python sample.py --prompt "The ________ of an object"   # fills gaps: three or more underscores, one token each
     python sample.py --watch                                # shows the text as it resolves
+    python sample.py --bench runs/A,runs/B --judge runs/C   # compares models, orders and steps: quality and speed
+    python sample.py --correct "The statment is exectued"   # rewrites what is unlikely: wants a model with b = L
 """
 import itertools
 import os
@@ -18,6 +20,8 @@ import torch
 
 import dlm
 from dlm import UserError, option
+from distill import same_vocabulary
+from train_teacher import plt, save_figure
 
 SHIPPED = Path(__file__).parent / "assets" / "dlm-docs.pt"  # a small trained model, so that something shows at once
 
@@ -39,6 +43,12 @@ class Options:
     temperature: float = option(1.0, "below 1 sharper, 0 the likeliest token", at_least=0)
     top_k: int = option(0, "draw from the K likeliest tokens only; 0: from all", at_least=0)
     top_p: float = option(1.0, "draw from the likeliest tokens that together reach this probability", at_least=0, at_most=1)
+    correct: str = option("", "a text whose unlikely tokens are found and rewritten; writes nothing else")
+    doubt: float = option(3.0, "with --correct: rewrite where another token is likelier by this many nats", at_least=0)
+    bench: str = option("", "checkpoints to compare, AR or diffusion, separated by commas; --order and --steps narrow it")
+    judge: str = option("", "with --bench: the AR checkpoint that judges the texts, best trained from another seed")
+    texts: int = option(128, "with --bench: texts a row of the table", at_least=2)
+    out: str = option("runs/bench", "with --bench: folder of its table and figure")
     watch: bool = option(False, "show the text as it resolves: hidden tokens dim, new ones bright")
     gif: str = option("", "draw that into this file, the first text only")
     seed: int = option(0, "seed: the same seed and options give the same texts", at_least=0)
@@ -67,6 +77,77 @@ def read_prompt(o, model, tokenizer):
 HIDDEN = "░"
 COLOURS = {"given": "\033[36m", "hidden": "\033[2m", "new": "\033[1;32m", "old": ""}     # in a terminal
 INKS = {"given": "#0a7d8c", "hidden": "#bbbbbb", "new": "#1a9641", "old": "#222222"}       # in a picture
+
+
+def timed(f, repeats=5):
+    """Median, minimum and maximum of the seconds f() takes, after one call to warm up."""
+    def once():
+        start = time.perf_counter()
+        f().cpu()                                   # waits for the device
+        return time.perf_counter() - start
+    once()
+    seconds = sorted(once() for _ in range(repeats))
+    return seconds[repeats // 2], seconds[0], seconds[-1]
+
+
+def bench(o, device):
+    """Each checkpoint by each order and number of steps: quality under the judge, calls, seconds. Table, JSON, figure."""
+    judge, tokenizer, ckpt = dlm.load(o.judge, "--judge", device)
+    if judge.b != 1:
+        raise UserError(f"--judge {o.judge}: a diffusion model; name an AR one")
+    models = []
+    for path in o.bench.split(","):
+        model, its_tokenizer, _ = dlm.load(path, "--bench", device)
+        same_vocabulary(f"--bench {path}", its_tokenizer, model, f"--judge {o.judge}", tokenizer, judge)
+        models.append((path, model))
+    text = dlm.load_text(ckpt["options"]["data"], tokenizer, judge.L)
+    rows = [{"what": "held-out text",
+             **dlm.judge_samples(judge, dlm.consecutive(text.parts["test"], judge.L, o.texts).to(device), text)}]
+    print(f"{o.texts} texts a row; seconds: median (minimum to maximum) of 5, batches of 1 and 32\n"
+          f"{'what':<44} {'judge':>6} {'H1':>5} {'H2':>5} {'dist2':>5} {'words':>5} {'calls':>6} {'batch 1':>22} {'batch 32':>22}")
+    for path, model in models:
+        orders = [o.order] if o.order else dlm.ORDERS if model.b > 1 else [None]
+        steps = [o.steps] if o.steps else [n for n in (2 ** k for k in range(11)) if n <= model.b]
+        ways = [{"order": order, "steps": n} for order in orders for n in steps]
+        if model.b > 1 and not o.steps:
+            ways += [{"order": o.order or "confidence", "threshold": t} for t in (0.5, 0.7, 0.9)]
+        for way in ways:
+            with dlm.seeded(o.seed), dlm.counting(model) as count:
+                x = dlm.generate(model, o.texts, **way)
+                calls = count["rows"] / o.texts
+                alone, many = (timed(lambda: dlm.generate(model, B, **way)) for B in (1, 32))
+            name = " ".join([Path(path).stem, *(f"{k} {v}" for k, v in way.items() if v)]) if model.b > 1 else Path(path).stem
+            rows.append({"what": name, "checkpoint": path, "block": model.b, **way, "calls": calls,
+                         "seconds_1": alone, "seconds_32": many, **dlm.judge_samples(judge, x, text)})
+            r = rows[-1]
+            print(f"{name:<44} {r['judge_nll']:>6.3f} {r['entropy']:>5.2f} {r['bigram_entropy']:>5.2f} {r['distinct_2']:>5.2f} "
+                  f"{r['known_words']:>5.0%} {calls:>6.1f} " + " ".join(
+                      f"{a:>7.3f} ({b:.3f} to {c:.3f})".rjust(22) for a, b, c in (alone, many)), flush=True)
+    dlm.write_json(Path(o.out) / "bench.json", {"options": vars(o), "device": device, "versions": dlm.versions(), "rows": rows})
+    fig, ax = plt.subplots(figsize=(6.5, 4))
+    for r in rows[1:]:
+        ax.plot(r["seconds_32"][0] / 32, r["judge_nll"], "k*" if r["block"] == 1 else "ko", markersize=9 if r["block"] == 1 else 4)
+        ax.annotate(r["what"], (r["seconds_32"][0] / 32, r["judge_nll"]), fontsize=5)
+    ax.axhline(rows[0]["judge_nll"], color="0.6", label="held-out text")
+    ax.set(xscale="log", xlabel="seconds for a text, in batches of 32", ylabel="judge NLL, nats per token")
+    ax.legend()
+    save_figure(fig, Path(o.out) / "bench.png")
+
+
+def show_corrections(o, model, tokenizer, device):
+    if model.b == 1:
+        raise UserError("--correct: an AR model sees nothing of what follows a token; name a diffusion model with "
+                        "--checkpoint, best one with b = L (distill.py --block 0)")
+    x = tokenizer.encode(o.correct, "--correct").to(device)
+    if not 2 <= len(x) <= model.L:
+        raise UserError(f"--correct: {len(x)} tokens; give 2 to {model.L}, the model's context")
+    if model.b < model.L:
+        print(f"note: inside blocks of {model.b} the model sees nothing to the right of a block", file=sys.stderr)
+    before = x
+    for i, excess, after in dlm.correct(model, x, o.doubt):
+        print(f"{i:>4} {excess:>6.1f} nats  {tokenizer.decode(before[i:i + 1])!r} -> {tokenizer.decode(after[i:i + 1])!r}")
+        before = after
+    print(tokenizer.decode(before))
 
 
 def cells(tokens, before, given, tokenizer, V, stop=""):
@@ -119,8 +200,12 @@ def draw_gif(frames, path):
 def main(argv=None):
     o = dlm.parse(Options, argv, __doc__)
     device = dlm.pick_device(o.device)
+    if o.bench:
+        return bench(o, device)
     path = Path(o.checkpoint) if o.checkpoint else newest()
     model, tokenizer, _ = dlm.load(path, "--checkpoint", device)
+    if o.correct:
+        return show_corrections(o, model, tokenizer, device)
     z = read_prompt(o, model, tokenizer).to(device).expand(o.number, -1)
     kind = "AR" if model.b == 1 else f"diffusion, blocks of {model.b}"
     print(f"{path} ({kind}), {device}, seed {o.seed}", file=sys.stderr)

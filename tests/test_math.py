@@ -477,6 +477,30 @@ def test_branch_disagrees_as_it_must():
         assert abs((y == y[:, :1]).all(1).float().mean() - whole) < 0.03
 
 
+def test_correct_finds_a_planted_error():
+    """On a source where a row repeats its first letter: one wrong letter is doubted without end, and mended."""
+    s = HiddenMarkov(torch.ones(5) / 5, torch.eye(5), 0.99 * torch.eye(5) + 0.002 * torch.ones(5, 5), 8, b=8)
+    x = torch.full((8,), 3)
+    assert list(dlm.correct(s, x)) == []
+    wrong = x.clone()
+    wrong[[2, 6]] = torch.tensor([1, 4])
+    found = list(dlm.correct(s, wrong))
+    assert sorted(i for i, _, _ in found) == [2, 6] and torch.equal(found[-1][2], x)
+    z = wrong.clone()
+    z[2] = 5
+    p = s(wrong[None], z[None])[0, 2]
+    assert {i: d for i, d, _ in found}[2] == pytest.approx(float(p.max() - p[1]), rel=0.5)   # 6 may have been mended first
+    assert wrong[2] == 1                                                                # the caller's text stays
+    model = random_model(4)
+    tries = [i for i, _, _ in dlm.correct(model, torch.tensor([0, 1, 2, 0]), doubt=0)]
+    assert len(set(tries)) == len(tries)                                                # it ends
+
+
+def test_distinct():
+    x = torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]])
+    assert dlm.distinct(x, 2) == 4 / 6 and dlm.distinct(x, 3) == 1.0
+
+
 def test_unseen_tokens_are_noticed():
     z = torch.tensor([[0, MASK, 1, MASK]])
     assert dlm.unseen(z, random_model(2)) and dlm.unseen(z, random_model(1)) and not dlm.unseen(z, random_model(4))

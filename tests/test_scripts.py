@@ -395,6 +395,34 @@ def test_gif_that_cannot_be_written(call):
     assert code == 2 and err.splitlines()[-1].startswith("error: --gif: cannot write") and len(texts(out)) == 4
 
 
+def test_bench_compares_models_orders_and_steps(call):
+    code, out, err = call("sample", f"--bench {AR},{TCS} --judge {JUDGE} --texts 8 --out bench")
+    rows = json.loads(Path("bench/bench.json").read_text())["rows"]
+    assert (code, err) == (0, "") and len(out.splitlines()) == 2 + len(rows) - 1
+    assert [r["what"] for r in rows[:2]] == ["held-out text", Path(AR).name] and rows[1]["calls"] == 16
+    assert len(rows) == 2 + len(dlm.ORDERS) * 3 + 3
+    for r in rows[2:]:
+        assert r["seconds_1"][1] <= r["seconds_1"][0] <= r["seconds_1"][2] and 0 < r["distinct_2"] <= 1
+        assert r["calls"] == 4 * r["steps"] if "steps" in r and r["order"] != "ancestral" else 4 <= r["calls"] <= 16
+    assert Path("bench/bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("argv, named", [(f"--bench {TCS}", "--judge"), (f"--bench {TCS} --judge {TCS}", "--judge"),
+                                         (f"--bench runs/other --judge {JUDGE}", "--bench runs/other"),
+                                         (f"--bench {AR},nowhere --judge {JUDGE}", "--bench nowhere")])
+def test_bench_refuses(refused, argv, named):
+    assert named in refused("sample", argv)
+
+
+def test_correct_rewrites_what_is_unlikely(call, refused):
+    code, out, _ = call("sample", f"--checkpoint {MDLM} --doubt 0.01 --correct", "The valxe is")
+    assert code == 0 and "->" in out and len(out.splitlines()[-1]) == len("The valxe is")
+    assert call("sample", f"--checkpoint {MDLM} --doubt 99 --correct", "The valxe is")[1] == "The valxe is\n"
+    assert "--correct" in refused("sample", f"--checkpoint {AR} --correct The")
+    assert "--correct" in refused("sample", f"--checkpoint {MDLM} --correct T")
+    assert "--correct" in refused("sample", f"--checkpoint {MDLM} --correct", "The" * 6)
+
+
 def test_wrapping():
     text = [(c, "old") for c in "ab\ncdefg"]
     assert ["".join(c for c, _ in line) for line in sample.wrap(text, 3)] == ["ab", "cde", "fg"]
