@@ -6,6 +6,7 @@
 A method is a pair: which states the student trains on, and which target it aims at. --states and --target replace
 either half, so every control is one word away.
 """
+import copy
 import dataclasses
 import os
 import sys
@@ -25,9 +26,10 @@ METHODS = {  # name: (states, target)
     "sequence": ("teacher", "onehot"),  # sequence-level distillation: the teacher is only a writer
     "prefix": ("data", "prefix"),       # the causal head as target: a biased shortcut
     "tcs": ("data", "topk"),            # target concrete score
+    "sdtt": ("data", "sdtt"),           # self-distillation through time: the teacher is the student's earlier self
 }
 STATES = ("data", "teacher")
-TARGETS = ("onehot", *dlm.ESTIMATORS)
+TARGETS = ("onehot", *dlm.ESTIMATORS, "sdtt")
 JUDGED = 256        # generated texts a row of the table; their NLL has a standard error of about 0.02 nats per token
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -53,6 +55,9 @@ class Options:
     texts: int = option(2048, "texts the teacher writes or scores, before training and once; --states data with "
                         "--target onehot needs no teacher and uses every window", at_least=16)
     candidates: int = option(16, "K, tokens whose concrete score topk and grad+topk compute", at_least=1)
+    first: int = option(0, "sdtt: steps a block that the first teacher takes; 0: one a token", at_least=0)
+    last: int = option(1, "sdtt: steps a block that the last student takes; each round divides them by --k", at_least=1)
+    k: int = option(2, "sdtt: steps of the teacher that become one of the student", at_least=2)
     estimators: bool = option(False, "train nothing: compare the estimators of the concrete score at this --block")
     seed: int = option(0, "seed of batches, masks and random weights", at_least=0)
     out: str = option("", "folder of the run; empty: runs/ and a name made of the options")
@@ -106,7 +111,7 @@ def load_models(o, device):
     elif o.student != "random":
         start, its_tokenizer, _ = dlm.load(o.student, "--student", device)
         same_vocabulary(f"--student {o.student}", its_tokenizer, start, "the teacher", tokenizer, teacher)
-        student = dlm.Transformer(dataclasses.replace(start.c, b=b)).to(device)
+        student = dlm.Transformer(start.c if o.method == "sdtt" else dataclasses.replace(start.c, b=b)).to(device)
         student.load_state_dict(start.state_dict())
     return path, teacher, tokenizer, train_teacher.Options(**ckpt["options"]), student
 
@@ -123,21 +128,35 @@ def texts_for(o, states, every, teacher, ids):
     return windows if every else windows[torch.linspace(0, len(windows) - 1, o.texts).long().unique()]
 
 
-def make_batch_loss(o, states, target, teacher, b, ids):
-    """The method: a function that draws texts, hides tokens, looks up their targets and returns the one loss."""
-    x_all = texts_for(o, states, target == "onehot", teacher, ids)
-    if target != "onehot":
+def make_batch_loss(o, states, target, teacher, itself, ids, val):
+    """The method: a function that draws texts, hides tokens, asks for their targets and returns the one loss; and what
+    chooses the weights to keep, None for the bound. `itself` is the student before training."""
+    b, V = itself.b, teacher.V
+    x_all = texts_for(o, states, target not in dlm.ESTIMATORS, teacher, ids)
+    if target in dlm.ESTIMATORS:
         print(f"the teacher scores {len(x_all)} texts, once", flush=True)
         aims = dlm.tcs(teacher, x_all, b, target, o.candidates)
+
+    def earlier_self(x):
+        z, t = dlm.hide_at(x, b, V, o.last)
+        return z, dlm.sdtt(itself, x, z, t, 1 / o.first, o.k)
 
     def batch_loss(student):
         rows = torch.randint(len(x_all), (o.batch_size,), device=ids.device)
         x = x_all[rows]
-        z = dlm.hide(x, b, teacher.V)
-        p = dlm.one_hot(x, z, teacher.V) if target == "onehot" else dlm.dense(*(a[rows] for a in aims), teacher.V)
+        if target == "sdtt":
+            z, p = earlier_self(x)
+        else:
+            z = dlm.hide(x, b, V)
+            p = dlm.one_hot(x, z, V) if target == "onehot" else dlm.dense(*(a[rows] for a in aims), V)
         return dlm.loss(student, x, z, p, o.divergence)
 
-    return batch_loss
+    @torch.no_grad()
+    def validate(student):
+        with dlm.seeded(0):
+            return dlm.loss(student, val, *earlier_self(val), o.divergence).item()
+
+    return batch_loss, validate if target == "sdtt" else None
 
 
 def evaluate(model, teacher, judge, text, device):
@@ -224,12 +243,41 @@ def draw_quality(rows, path):
     train_teacher.save_figure(fig, path)
 
 
+def rounds(o):
+    """SDTT: each round a run of its own, whose student starts the next; finished ones stay, an interrupted one goes on."""
+    if o.student in ("ar", "random"):
+        raise UserError(f"--student {o.student}: SDTT starts from a trained diffusion model; name its run")
+    b = dlm.load(o.student, "--student")[0].b
+    if b == 1:
+        raise UserError(f"--student {o.student}: an AR model, where SDTT starts from a diffusion model")
+    N, student, base = o.first or b, o.student, o.out or f"runs/{train_teacher.run_name(o, o.method, f'-b{b}')}"
+    if N // o.k < o.last:
+        raise UserError(f"--first {N}: a round of k = {o.k} makes {N // o.k} steps of it, below --last {o.last}")
+    while (M := N // o.k) >= o.last:
+        part = dataclasses.replace(o, first=M * o.k, last=M, student=student, block=b, out=f"{base}-{M}steps")
+        print(f"\n{M * o.k} steps a block become {M}" + f" ({N} is no multiple of {o.k})" * (M * o.k < N), flush=True)
+        path, ckpt = Path(part.out), None
+        if (path / "checkpoint.pt").exists() and not o.overwrite:
+            ckpt = dlm.load(path, "--out")[2]
+            part.resume = part.out
+        if ckpt is None or ckpt["trainer"]["step"] < o.steps or not (path / "metrics.json").exists():
+            run(part, ckpt)
+        N, student = M, part.out
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     o, ckpt = train_teacher.resumed(dlm.parse(Options, argv, __doc__), argv)
+    if o.method == "sdtt" and ckpt is None:
+        rounds(o)
+    else:
+        run(o, ckpt)
+
+
+def run(o, ckpt):
     start, device = time.time(), dlm.pick_device(o.device)
     states, target = (given or own for given, own in zip((o.states, o.target), METHODS[o.method]))
-    if o.divergence == "reverse" and target != "prefix":
+    if o.divergence == "reverse" and target not in ("prefix", "sdtt"):
         raise UserError("--divergence reverse: infinite where the target is one-hot; use forward, tvd or mse")
     what = "estimators" if o.estimators else o.method if (states, target) == METHODS[o.method] else f"{states}-{target}"
     folder = train_teacher.folder_of(o, train_teacher.run_name(o, what, f"-b{o.block}"))
@@ -242,9 +290,10 @@ def main(argv=None):
     same_vocabulary(f"--teacher {path}", tokenizer, teacher, f"the judge, {judge_path}", its_tokenizer, judge)
     ids = text.parts["train"].to(device)
     before = time.time()
-    batch_loss = make_batch_loss(o, states, target, teacher, student.b, ids)
+    val = dlm.consecutive(text.parts["val"], student.L, 256).to(device)
+    batch_loss, validate = make_batch_loss(o, states, target, teacher, copy.deepcopy(student), ids, val)
     prepared = time.time() - before
-    trainer = train_teacher.fit(o, folder, student, text, batch_loss, o.lr, ckpt, folder.name)
+    trainer = train_teacher.fit(o, folder, student, text, batch_loss, o.lr, ckpt, folder.name, validate)
     model = trainer.averaged()
     rows, samples = evaluate(model, teacher, judge, text, device)
     train_teacher.report(o, folder, trainer, model, text, teacher=str(path), states=states, target=target, teacher_seconds=prepared, table=rows,

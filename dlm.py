@@ -654,6 +654,35 @@ def dense(v, c, V):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# SDTT: self-distillation through time (2410.21035)
+
+def hide_at(x, b, mask, N):
+    """States that an N-step sampler meets: in each block every token is hidden with probability t, a uniform one of
+    1/N, 2/N .. 1. x (B, L) -> z (B, L), t (B, L) of each token's block, stratified over the batch."""
+    B, L = x.shape
+    n = -(-L // b)
+    order = torch.rand(B, n, device=x.device).argsort(0)
+    t = (((order + torch.rand(n, device=x.device)) / B * N).long().clamp(max=N - 1) + 1) / N
+    t = t.repeat_interleave(b, dim=1)[:, :L]
+    return torch.where(torch.rand(B, L, device=x.device) < t, mask, x), t
+
+
+@torch.no_grad()
+def sdtt(teacher, x, z, t, dt, k=2):
+    """Target of SDTT: what a diffusion teacher says after up to k ancestral steps of size dt from z at time t. (B, L, V)
+
+    A step reveals each hidden token with probability dt / t_now, drawn from the teacher. A token's target is the
+    distribution it was drawn from, or where it is still hidden after the last step, that step's. t (B, L)."""
+    for step in range(k):
+        hidden, now = z == teacher.V, (t - step * dt).clamp(min=0)
+        p = teacher(x, z).exp()
+        target = torch.where(hidden[..., None], p, target) if step else p
+        reveal = hidden & (torch.rand(z.shape, device=z.device) * now < dt)       # at now <= dt: all
+        z = torch.where(reveal, draw(p, torch.rand(z.shape, device=z.device)), z)
+    return target
+
+
+# ----------------------------------------------------------------------------------------------------------
 # The sampler
 
 def draw(p, u):
@@ -971,9 +1000,9 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         return min(tries) * (self.steps - self.step)
 
-    def fit(self, batch_loss, val, save, name, evaluations=10):
-        """Trains to the last step. batch_loss() draws a batch and returns its loss; val (n, L) chooses the weights;
-        save() is called after every evaluation and on Ctrl-C, which is honoured between two steps."""
+    def fit(self, batch_loss, validate, save, name, evaluations=10):
+        """Trains to the last step. batch_loss() draws a batch and returns its loss; validate(model) -> what the kept weights
+        have least of; save() is called after every evaluation and on Ctrl-C, which is honoured between two steps."""
         print(f"{name}: about {self.estimate(batch_loss) / 60:.1f} minutes", flush=True)
         every, interrupted = max(1, self.steps // evaluations), []
         bar = tqdm(total=self.steps, initial=self.step, desc=name, unit="step", mininterval=0.5, disable=None)
@@ -987,7 +1016,7 @@ class Trainer:
                 if self.step % 10 == 0:
                     bar.set_postfix(loss=f"{float(value):.3f}", val=f"{self.history[-1][3]:.3f}" if self.history else "-")
                 if self.step % every == 0 or self.step == self.steps:
-                    n, value = self.step % every or every, bound(self.averaged(self.ema), val)[0]
+                    n, value = self.step % every or every, validate(self.averaged(self.ema))
                     self.seconds = time.time() - start
                     if not self.history or value < min(h[3] for h in self.history):
                         self.best = {k: v.clone() for k, v in self.ema.items()}

@@ -77,8 +77,9 @@ def resumed(o, argv):
     return type(o)(**{**ckpt["options"], "out": folder, "resume": folder, "device": o.device}), ckpt
 
 
-def fit(o, folder, model, text, batch_loss, lr, ckpt, name):
-    """Trains `model` into `folder` -> the Trainer. batch_loss(student) draws a batch and returns its loss."""
+def fit(o, folder, model, text, batch_loss, lr, ckpt, name, validate=None):
+    """Trains `model` into `folder` -> the Trainer. batch_loss(student) draws a batch and returns its loss; validate(model)
+    chooses the weights to keep: by the bound on validation text, unless another is given."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -90,6 +91,7 @@ def fit(o, folder, model, text, batch_loss, lr, ckpt, name):
     if ckpt:
         trainer.load(ckpt["trainer"])
     val = dlm.consecutive(text.parts["val"], model.L, 256).to(device)
+    validate = validate or (lambda model: dlm.bound(model, val)[0])
 
     def save():
         dlm.save(folder / "checkpoint.pt", model, text.tokenizer, dataclasses.asdict(o), trainer,
@@ -99,7 +101,7 @@ def fit(o, folder, model, text, batch_loss, lr, ckpt, name):
     kind = "AR, b = 1" if model.b == 1 else f"diffusion, b = {model.b}"
     print(f"{name}: {n / 1e6:.2f} M parameters ({kind}), {o.steps - trainer.step} steps of {o.batch_size} x {model.L} "
           f"tokens of {o.data} on {device.type}, into {folder}", flush=True)
-    trainer.fit(lambda: batch_loss(student), val, save, name)
+    trainer.fit(lambda: batch_loss(student), validate, save, name)
     return trainer
 
 

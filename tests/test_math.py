@@ -730,6 +730,82 @@ def test_concrete_scores_vary_less_than_the_text():
                 assert variance[0] < 1e-9      # nothing else is hidden, so c_i is p_T(x_i | z) itself
 
 
+# --- SDTT --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("b", [2, 4])
+@pytest.mark.parametrize("kind", ["forward", "reverse"])
+def test_sdtt_of_one_step_changes_nothing(b, kind):
+    """k = 1 and an untouched copy: the target is the student's own prediction, so the loss is 0."""
+    teacher, student, x = random_model(b), random_model(b), texts()
+    z, t = dlm.hide_at(x, b, MASK, 8)
+    p = dlm.sdtt(teacher, x, z, t, 1 / 8, k=1)
+    value = dlm.loss(student, x, z, p, kind)
+    assert abs(value) < 1e-6
+    value.backward()
+    assert all(p.grad is None for p in teacher.parameters()) and any(p.grad is not None for p in student.parameters())
+
+
+def test_states_hide_at_the_time_they_say():
+    x = torch.zeros(40000, 4, dtype=torch.long)
+    torch.manual_seed(0)
+    z, t = dlm.hide_at(x, 2, MASK, 4)
+    assert sorted(t.unique().tolist()) == [0.25, 0.5, 0.75, 1.0] and (t[:, 0] == t[:, 1]).all()
+    for value in t.unique():
+        rows = t[:, 0] == value
+        assert rows.sum() == 10000                                             # stratified
+        assert abs((z[rows, 0] == MASK).float().mean() - value) < 0.02
+        both = ((z[rows][:, :2] == MASK).sum(1) == 2).float().mean()
+        assert abs(both - value ** 2) < 0.02                                   # each by itself
+    assert abs(torch.corrcoef(torch.stack([t[:, 0], t[:, 2]]))[0, 1]) < 0.03   # blocks have times of their own
+
+
+@pytest.mark.parametrize("t, dt", [(1.0, 0.25), (0.5, 0.25), (0.25, 0.25), (0.25, 0.5)])
+def test_sdtt_target_follows_the_two_step_law(t, dt):
+    """Its mean over the teacher's draws, against the sum over what the first step may reveal, and as what."""
+    teacher, x = source(4), texts()[[5]]
+    hidden = {0, 1, 3}
+    z = with_hidden(x, hidden)
+    first = min(1, dt / t)
+    p = teacher(x, z).exp()[0]
+    expected = torch.zeros(L, V, dtype=torch.float64)
+    for revealed in [set()] + subsets(sorted(hidden)):
+        chance = math.prod(first if i in revealed else 1 - first for i in hidden)
+        for values in itertools.product(range(V), repeat=len(revealed)):
+            after, q = z.clone(), chance
+            for i, v in zip(sorted(revealed), values):
+                after[0, i], q = v, q * p[i, v].item()
+            if q:
+                later = teacher(x, after).exp()[0]
+                for i in hidden:
+                    expected[i] += q * (p[i] if i in revealed else later[i])
+    torch.manual_seed(0)
+    many = 20000
+    target = dlm.sdtt(teacher, x.expand(many, -1), z.expand(many, -1), torch.full((many, L), t), dt)
+    torch.testing.assert_close(target.sum(-1), torch.ones(many, L, dtype=torch.float64))
+    for i in hidden:
+        torch.testing.assert_close(target[:, i].double().mean(0), expected[i], atol=0.01, rtol=0)
+    assert torch.isfinite(dlm.divergence(target, p.log(), "reverse")).all()    # also where nothing was hidden
+
+
+def test_sdtt_steps_fall_at_t_and_t_minus_dt():
+    """What the teacher is asked about: the share still hidden at each of k = 3 steps is t, t - dt, t - 2 dt over t."""
+    asked = []
+
+    class Watched(nn.Module):
+        V, b = MASK, 4
+
+        def forward(self, x, z):
+            asked.append((z == MASK).float().mean().item())
+            return torch.full((*z.shape, V), 1 / V).log()
+
+    x = torch.zeros(20000, 4, dtype=torch.long)
+    for t, dt, left in [(1.0, 0.25, (1, 0.75, 0.5)), (0.5, 0.125, (1, 0.75, 0.5)), (0.25, 0.125, (1, 0.5, 0)),
+                        (0.125, 0.25, (1, 0, 0))]:
+        asked.clear()
+        dlm.sdtt(Watched(), x, torch.full_like(x, MASK), torch.full(x.shape, t), dt, k=3)
+        assert asked == pytest.approx(left, abs=0.01)
+
+
 # --- optimiser ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("shape", [(8, 8), (12, 8), (8, 20)])

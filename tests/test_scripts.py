@@ -257,6 +257,53 @@ def test_every_kind_of_student_trains_and_writes(call, monkeypatch, argv):
     assert code == 0 and [len(t) for t in texts(out)] == [16] * 3
 
 
+@pytest.mark.parametrize("argv", ["", "--divergence reverse", "--divergence mse"])
+def test_sdtt_goes_round_by_round(call, monkeypatch, argv):
+    no_pictures(monkeypatch)
+    argv = f"{TEXT} --method sdtt --student {TCS} --steps 2 --batch_size 4 --out few {argv}"
+    code, out, err = call("distill", argv)
+    assert (code, err) == (0, "") and "4 steps a block become 2" in out and "2 steps a block become 1" in out
+    two, one = (metrics(f"few-{n}steps") for n in (2, 1))
+    assert (two["options"]["first"], two["options"]["last"], two["options"]["student"]) == (4, 2, TCS)
+    assert (one["options"]["first"], one["options"]["last"], one["options"]["student"]) == (2, 1, "few-2steps")
+    assert torch.tensor([h[3] for m in (one, two) for h in m["history"]]).isfinite().all()
+    before = files("few-2steps"), files("few-1steps")
+    assert call("distill", argv)[0] == 0 and (files("few-2steps"), files("few-1steps")) == before   # done is done
+
+
+def test_sdtt_goes_on_where_it_was_interrupted(call, monkeypatch):
+    no_pictures(monkeypatch)
+    argv = f"{TEXT} --method sdtt --student {TCS} --steps 20 --batch_size 4 --out"
+    assert call("distill", f"{argv} whole")[0] == 0
+    update, seen = dlm.Trainer.update, []
+
+    def interrupted(self, batch_loss):
+        seen.append(1)
+        if len(seen) == 27:
+            signal.raise_signal(signal.SIGINT)
+        return update(self, batch_loss)
+
+    monkeypatch.setattr(dlm.Trainer, "update", interrupted)
+    assert call("distill", f"{argv} cut")[0] == 130 and not Path("cut-1steps/metrics.json").exists()
+    assert call("distill", f"{argv} cut")[0] == 0 and len(seen) == 40
+    for n in (2, 1):
+        assert same(end(f"cut-{n}steps")["weights"], end(f"whole-{n}steps")["weights"])
+
+
+@pytest.mark.parametrize("argv, named", [
+    ("--student ar", "--student"), (f"--student {AR}", "--student"), ("--student runs/other", "--student"),
+    (f"--student {TCS} --last 4", "--first"), (f"--student {TCS} --first 2 --last 2", "--first"),
+    (f"--student {TCS} --k 8", "--first"), (f"--student {TCS} --k 1", "--k")])
+def test_sdtt_refuses(refused, argv, named):
+    assert refused("distill", f"{TEXT} --method sdtt {argv}").startswith(f"error: {named} ")
+
+
+def test_sdtt_says_what_it_does_with_other_numbers(call, monkeypatch):
+    no_pictures(monkeypatch)
+    out = call("distill", f"{TEXT} --method sdtt --student {TCS} --first 3 --steps 1 --batch_size 4 --out few")[1]
+    assert "2 steps a block become 1 (3 is no multiple of 2)" in out
+
+
 def test_block_need_not_divide_the_context_from_scratch(call):
     assert call("train", f"{TEXT} {SIZE} --objective mdlm --block 5 --steps 2 --out run")[0] == 0
     assert metrics("run")["block"] == 5
