@@ -29,7 +29,7 @@ METHODS = {  # name: (states, target)
     "sdtt": ("data", "sdtt"),           # self-distillation through time: the teacher is the student's earlier self
 }
 STATES = ("data", "teacher")
-TARGETS = ("onehot", *dlm.ESTIMATORS, "sdtt")
+TARGETS = ("onehot", *dlm.ESTIMATORS)
 JUDGED = 256        # generated texts a row of the table; their NLL has a standard error of about 0.02 nats per token
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -245,6 +245,8 @@ def draw_quality(rows, path):
 
 def rounds(o):
     """SDTT: each round a run of its own, whose student starts the next; finished ones stay, an interrupted one goes on."""
+    if o.target:
+        raise UserError(f"--target {o.target}: sdtt has a target of its own; leave this option out")
     if o.student in ("ar", "random"):
         raise UserError(f"--student {o.student}: SDTT starts from a trained diffusion model; name its run")
     b = dlm.load(o.student, "--student")[0].b
@@ -268,7 +270,7 @@ def rounds(o):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     o, ckpt = train_teacher.resumed(dlm.parse(Options, argv, __doc__), argv)
-    if o.method == "sdtt" and ckpt is None:
+    if o.method == "sdtt" and ckpt is None and not o.estimators:
         rounds(o)
     else:
         run(o, ckpt)
@@ -289,15 +291,15 @@ def run(o, ckpt):
     judge, its_tokenizer, _ = dlm.load(judge_path, "the judge,", device)
     same_vocabulary(f"--teacher {path}", tokenizer, teacher, f"the judge, {judge_path}", its_tokenizer, judge)
     ids = text.parts["train"].to(device)
-    before = time.time()
+    before = time.time()                                  # the teacher's part: writing and scoring
     val = dlm.consecutive(text.parts["val"], student.L, 256).to(device)
     batch_loss, validate = make_batch_loss(o, states, target, teacher, copy.deepcopy(student), ids, val)
     prepared = time.time() - before
     trainer = train_teacher.fit(o, folder, student, text, batch_loss, o.lr, ckpt, folder.name, validate)
     model = trainer.averaged()
     rows, samples = evaluate(model, teacher, judge, text, device)
-    train_teacher.report(o, folder, trainer, model, text, teacher=str(path), states=states, target=target, teacher_seconds=prepared, table=rows,
-                         samples=samples)
+    train_teacher.report(o, folder, trainer, model, text, teacher=str(path), states=states, target=target,
+                         teacher_seconds=prepared, table=rows, samples=samples)
     draw_quality(rows, folder / "quality.png")
     for who in ("AR teacher", rows[-1]["what"]):
         print(f"\n{who}, the first four texts of seed 0:")

@@ -673,10 +673,11 @@ def sdtt(teacher, x, z, t, dt, k=2):
 
     A step reveals each hidden token with probability dt / t_now, drawn from the teacher. A token's target is the
     distribution it was drawn from, or where it is still hidden after the last step, that step's. t (B, L)."""
+    target = None
     for step in range(k):
         hidden, now = z == teacher.V, (t - step * dt).clamp(min=0)
         p = teacher(x, z).exp()
-        target = torch.where(hidden[..., None], p, target) if step else p
+        target = p if target is None else torch.where(hidden[..., None], p, target)
         reveal = hidden & (torch.rand(z.shape, device=z.device) * now < dt)       # at now <= dt: all
         z = torch.where(reveal, draw(p, torch.rand(z.shape, device=z.device)), z)
     return target

@@ -116,21 +116,25 @@ def bench(o, device):
                 x = dlm.generate(model, o.texts, **way)
                 calls = count["rows"] / o.texts
                 alone, many = (timed(lambda: dlm.generate(model, B, **way)) for B in (1, 32))
-            name = " ".join([Path(path).stem, *(f"{k} {v}" for k, v in way.items() if v)]) if model.b > 1 else Path(path).stem
+            name = " ".join([Path(path).stem, *(f"{k} {v}" for k, v in way.items() if v and model.b > 1)])
             rows.append({"what": name, "checkpoint": path, "block": model.b, **way, "calls": calls,
                          "seconds_1": alone, "seconds_32": many, **dlm.judge_samples(judge, x, text)})
             r = rows[-1]
             print(f"{name:<44} {r['judge_nll']:>6.3f} {r['entropy']:>5.2f} {r['bigram_entropy']:>5.2f} {r['distinct_2']:>5.2f} "
                   f"{r['known_words']:>5.0%} {calls:>6.1f} " + " ".join(
                       f"{a:>7.3f} ({b:.3f} to {c:.3f})".rjust(22) for a, b, c in (alone, many)), flush=True)
-    dlm.write_json(Path(o.out) / "bench.json", {"options": vars(o), "device": device, "versions": dlm.versions(), "rows": rows})
-    fig, ax = plt.subplots(figsize=(6.5, 4))
+    dlm.write_json(Path(o.out) / "bench.json",
+                   {"options": vars(o), "device": device, "versions": dlm.versions(), "rows": rows})
+    fig, ax = plt.subplots(figsize=(7, 4.5))
+    lines = {}
     for r in rows[1:]:
-        ax.plot(r["seconds_32"][0] / 32, r["judge_nll"], "k*" if r["block"] == 1 else "ko", markersize=9 if r["block"] == 1 else 4)
-        ax.annotate(r["what"], (r["seconds_32"][0] / 32, r["judge_nll"]), fontsize=5)
-    ax.axhline(rows[0]["judge_nll"], color="0.6", label="held-out text")
+        kind = "AR, cached" if r["block"] == 1 else r["order"] + (", by threshold" if "threshold" in r else "")
+        lines.setdefault(f"{Path(r['checkpoint']).stem}: {kind}", []).append((r["seconds_32"][0] / 32, r["judge_nll"]))
+    for marker, (label, points) in zip(itertools.cycle("*osv^DPX<>"), lines.items()):
+        ax.plot(*zip(*sorted(points)), marker=marker, linewidth=0.8, label=label)
+    ax.axhline(rows[0]["judge_nll"], color="0.6", linestyle=":", label="held-out text")
     ax.set(xscale="log", xlabel="seconds for a text, in batches of 32", ylabel="judge NLL, nats per token")
-    ax.legend()
+    ax.legend(fontsize=7)
     save_figure(fig, Path(o.out) / "bench.png")
 
 
@@ -224,7 +228,8 @@ def main(argv=None):
             yield from (coloured(line, colour) for line in wrap(text, width if terminal else -1))
 
     torch.manual_seed(o.seed)
-    for state in dlm.sample(model, z, o.steps, o.order, o.threshold, temperature=o.temperature, top_k=o.top_k, top_p=o.top_p):
+    for state in dlm.sample(model, z, o.steps, o.order, o.threshold, temperature=o.temperature, top_k=o.top_k,
+                            top_p=o.top_p):
         if torch.equal(state, states[-1]):
             continue
         if o.watch and terminal:

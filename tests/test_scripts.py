@@ -293,7 +293,7 @@ def test_sdtt_goes_on_where_it_was_interrupted(call, monkeypatch):
 @pytest.mark.parametrize("argv, named", [
     ("--student ar", "--student"), (f"--student {AR}", "--student"), ("--student runs/other", "--student"),
     (f"--student {TCS} --last 4", "--first"), (f"--student {TCS} --first 2 --last 2", "--first"),
-    (f"--student {TCS} --k 8", "--first"), (f"--student {TCS} --k 1", "--k")])
+    (f"--target onehot --student {TCS}", "--target"), (f"--student {TCS} --k 8", "--first"), (f"--student {TCS} --k 1", "--k")])
 def test_sdtt_refuses(refused, argv, named):
     assert refused("distill", f"{TEXT} --method sdtt {argv}").startswith(f"error: {named} ")
 
