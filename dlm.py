@@ -5,7 +5,7 @@ One Transformer is teacher and student; the flag is the block length b. Everythi
     loss = mean over texts of  sum_i w_i * D( target_i || p_student(x_i | z) ),     z = x with some tokens hidden,
 
 and the methods differ only in which states (x, z) they train on and which target they aim at. Sections: text,
-model, exact sources, optimiser, states and targets, TCS, sampler, judging, training, files and command lines.
+model, exact sources, states and targets, TCS, SDTT, sampler, judging, training, files and command lines.
 Notation is the README's: B texts, L tokens, V vocabulary, b block length; all likelihoods in nats per token.
 """
 import argparse
