@@ -585,7 +585,7 @@ def test_ctrl_c_works_as_before_afterwards(call, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize("script, busy", [("train", "load_text"), ("distill", "load_text"), ("sample", "generate")])
+@pytest.mark.parametrize("script, busy", [("train", "load_text"), ("distill", "load_text"), ("sample", "sample")])
 def test_ctrl_c_outside_training(call, monkeypatch, script, busy):
     monkeypatch.setattr(dlm, busy, lambda *_, **__: signal.raise_signal(signal.SIGINT))
     code, _, err = call(script, "" if script == "sample" else f"{TEXT} --out run")
