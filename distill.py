@@ -151,12 +151,16 @@ def make_batch_loss(o, states, target, teacher, itself, ids, val):
             p = dlm.one_hot(x, z, V) if target == "onehot" else dlm.dense(*(a[rows] for a in aims), V)
         return dlm.loss(student, x, z, p, o.divergence)
 
+    if target != "sdtt":
+        return batch_loss, None
+    with dlm.seeded(0):
+        z_val, p_val = earlier_self(val)
+
     @torch.no_grad()
     def validate(student):
-        with dlm.seeded(0):
-            return dlm.loss(student, val, *earlier_self(val), o.divergence).item()
+        return dlm.loss(student, val, z_val, p_val, o.divergence).item()
 
-    return batch_loss, validate if target == "sdtt" else None
+    return batch_loss, validate
 
 
 def evaluate(model, teacher, judge, text, device):
@@ -293,7 +297,7 @@ def run(o, ckpt):
     ids = text.parts["train"].to(device)
     before = time.time()                                  # the teacher's part: writing and scoring
     val = dlm.consecutive(text.parts["val"], student.L, 256).to(device)
-    batch_loss, validate = make_batch_loss(o, states, target, teacher, copy.deepcopy(student), ids, val)
+    batch_loss, validate = make_batch_loss(o, states, target, teacher, copy.deepcopy(student).eval(), ids, val)
     prepared = time.time() - before
     trainer = train_teacher.fit(o, folder, student, text, batch_loss, o.lr, ckpt, folder.name, validate)
     model = trainer.averaged()

@@ -489,6 +489,12 @@ class HiddenMarkov(nn.Module):
 # ----------------------------------------------------------------------------------------------------------
 # States and targets: what to hide, what to aim at, and the one loss
 
+def spread(B, n, device):
+    """B x n uniform numbers; those of a column lie one in each B-th of [0, 1), in random order: stratified over the batch."""
+    order = torch.rand(B, n, device=device).argsort(0)                             # one permutation a column
+    return (order + torch.rand(n, device=device)) / B
+
+
 def hide(x, b, mask):
     """Masked data: in each block of b tokens hide a random m-subset, m uniform on 1..block length. -> z (B, L).
 
@@ -497,8 +503,7 @@ def hide(x, b, mask):
     B, L = x.shape
     n = -(-L // b)                                                                 # blocks; the last may be shorter
     size = (L - b * torch.arange(n, device=x.device)).clamp(max=b)                 # (n,)
-    order = torch.rand(B, n, device=x.device).argsort(0)                           # one permutation a column
-    m = ((order + torch.rand(n, device=x.device)) / B * size).long().clamp(max=size - 1) + 1   # (B, n)
+    m = (spread(B, n, x.device) * size).long().clamp(max=size - 1) + 1   # (B, n)
     noise = F.pad(torch.rand(B, L, device=x.device), (0, n * b - L), value=2.0).view(B, n, b)
     hidden = noise.argsort(-1).argsort(-1) < m[..., None]                          # rank of each token's noise < m
     return torch.where(hidden.view(B, -1)[:, :L], mask, x)
@@ -661,8 +666,7 @@ def hide_at(x, b, mask, N):
     1/N, 2/N .. 1. x (B, L) -> z (B, L), t (B, L) of each token's block, stratified over the batch."""
     B, L = x.shape
     n = -(-L // b)
-    order = torch.rand(B, n, device=x.device).argsort(0)
-    t = (((order + torch.rand(n, device=x.device)) / B * N).long().clamp(max=N - 1) + 1) / N
+    t = ((spread(B, n, x.device) * N).long().clamp(max=N - 1) + 1) / N
     t = t.repeat_interleave(b, dim=1)[:, :L]
     return torch.where(torch.rand(B, L, device=x.device) < t, mask, x), t
 

@@ -20,8 +20,6 @@ import torch
 
 import dlm
 from dlm import UserError, option
-from distill import same_vocabulary
-from train_teacher import plt, save_figure
 
 SHIPPED = Path(__file__).parent / "assets" / "dlm-docs.pt"  # a small trained model, so that something shows at once
 
@@ -92,6 +90,8 @@ def timed(f, repeats=5):
 
 def bench(o, device):
     """Each checkpoint by each order and number of steps: quality under the judge, calls, seconds. Table, JSON, figure."""
+    from distill import same_vocabulary             # here: sampling need not wait for matplotlib
+    from train_teacher import plt, save_figure
     judge, tokenizer, ckpt = dlm.load(o.judge, "--judge", device)
     if judge.b != 1:
         raise UserError(f"--judge {o.judge}: a diffusion model; name an AR one")
@@ -112,8 +112,9 @@ def bench(o, device):
         if model.b > 1 and not o.steps:
             ways += [{"order": o.order or "confidence", "threshold": t} for t in (0.5, 0.7, 0.9)]
         for way in ways:
-            with dlm.seeded(o.seed), dlm.counting(model) as count:
-                x = dlm.generate(model, o.texts, **way)
+            with dlm.seeded(o.seed):
+                with dlm.counting(model) as count:
+                    x = dlm.generate(model, o.texts, **way)
                 calls = count["rows"] / o.texts
                 alone, many = (timed(lambda: dlm.generate(model, B, **way)) for B in (1, 32))
             name = " ".join([Path(path).stem, *(f"{k} {v}" for k, v in way.items() if v and model.b > 1)])

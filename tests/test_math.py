@@ -787,6 +787,26 @@ def test_sdtt_target_follows_the_two_step_law(t, dt):
     assert torch.isfinite(dlm.divergence(target, p.log(), "reverse")).all()    # also where nothing was hidden
 
 
+def test_sdtt_target_is_the_one_a_token_was_drawn_from():
+    """A teacher that says something else at each call: the target is what it said while the token was last hidden."""
+    asked = []
+
+    class Moody(nn.Module):
+        V, b = MASK, 4
+
+        def forward(self, x, z):
+            asked.append(z)
+            return torch.tensor([len(asked), 5.0, 9.0]).log_softmax(0).expand(*z.shape, V)
+
+    x = torch.zeros(500, 4, dtype=torch.long)
+    target = dlm.sdtt(Moody(), x, torch.full_like(x, MASK), torch.full(x.shape, 1.0), 0.25, k=3)
+    last = sum((z == MASK).long() for z in asked)                # calls that found the token still hidden
+    assert sorted(last.unique().tolist()) == [1, 2, 3]
+    for n in (1, 2, 3):
+        said = torch.tensor([n, 5.0, 9.0]).softmax(0)
+        torch.testing.assert_close(target[last == n], said.expand(int((last == n).sum()), V))
+
+
 def test_sdtt_steps_fall_at_t_and_t_minus_dt():
     """What the teacher is asked about: the share still hidden at each of k = 3 steps is t, t - dt, t - 2 dt over t."""
     asked = []
