@@ -730,7 +730,7 @@ def default_order(model):
 
 
 @torch.no_grad()
-def sample(model, z, steps=0, order=None, threshold=0.0, noise=None, **how):
+def sample(model, z, steps=0, order=None, threshold=0.0, remask=0, noise=None, **how):
     """Fills the hidden tokens of z (B, T), block by block, each block in `steps` steps; yields the state after each.
 
     A step reveals some tokens, all drawn in parallel from their own marginals (`warp(**how)`). How many: equally many
@@ -738,38 +738,47 @@ def sample(model, z, steps=0, order=None, threshold=0.0, noise=None, **how):
     each at a uniform one of the steps, in other words with probability (t-s)/t. Which: `random` ones (and ancestral), or
     the surest first by the probability of the likeliest token (`confidence`), its lead over the second (`margin`), or
     the entropy. Given tokens never change; those right of a block are seen only at b = L. An AR model has blocks of one
-    token: ordinary generation. steps 0: one token a step. noise (B, T, 2): uniforms, so that a row can be had again.
-    Beyond the model's context the text goes on in windows, each of which sees the last half context before it."""
+    token: ordinary generation. steps 0: one token a step. `remask` steps more, when a block is full, hide as many tokens
+    again as one step revealed and draw them anew: those drawn with the least probability, or with the orders that do not
+    ask the network, random ones. noise (B, T, 2 + 2 remask): uniforms, so that a row can be had again. Beyond the context the text goes on in windows, each of which sees the last half context before it."""
     order = order or default_order(model)
     if order not in ORDERS:
         raise UserError(f"--order {order}: unknown; use {', '.join(ORDERS)}")
     L, b, z = model.L, model.b, z.clone()
-    noise = torch.rand(*z.shape, 2, device=z.device) if noise is None else noise
+    noise = torch.rand(*z.shape, 2 + 2 * remask, device=z.device) if noise is None else noise
     keep = L // 2 if b == L else L // 2 // b * b
     yield z.clone()
     for w in range(0, max(1, z.size(1) - keep), L - keep):
-        for part in fill(model, z[:, w:w + L], noise[:, w:w + L], steps, order, threshold, how):
+        for part in fill(model, z[:, w:w + L], noise[:, w:w + L], steps, order, threshold, remask, how):
             z[:, w:w + L] = part
             yield z.clone()
 
 
-def fill(model, z, noise, steps, order, threshold, how):
+def fill(model, z, noise, steps, order, threshold, remask, how):
     """`sample` within one context, (B, L)."""
     z, b, V, (B, L) = z.clone(), model.b, model.V, z.shape
     n, N = -(-L // b), 1 if b == 1 else b if threshold else steps or b              # blocks; steps in each
-    u, shuffle = noise.unbind(-1)
+    u, shuffle = noise.unflatten(-1, (-1, 2)).unbind(-1)                           # (B, L, 1 + remask)
     hidden = F.pad(z == V, (0, n * b - L)).view(B, n, b)
     if order == "ancestral":
-        when = F.pad((shuffle * N).long(), (0, n * b - L)).view(B, n, b)
+        when = F.pad((shuffle[..., 0] * N).long(), (0, n * b - L)).view(B, n, b)
         count = hidden.new_zeros(B, n, N, dtype=torch.long).scatter_add(2, when, hidden.long())
     else:                                                                          # tokens revealed by row, block, step
         edges = hidden.sum(-1, keepdim=True) * torch.arange(N + 1, device=z.device)
         count = ((edges + N - 1) // N).diff(dim=-1)
+    remask = remask if b > 1 else 0                                                # one token alone would only be redrawn
+    again = (hidden.sum(-1, keepdim=True) + N - 1) // N                            # tokens that are drawn anew
+    count = torch.cat([count, again.expand(-1, -1, remask)], dim=-1)
+    free, said = z == V, z.new_full((B, L), math.inf, dtype=noise.dtype)            # said: the probability a token was drawn with
     busy = (count > 0).sum(0).tolist()                     # rows that reveal something: known before the first call
     past = None
     for k, start in enumerate(range(0, L, b)):
         stop, first = min(start + b, L), b < L             # the first call of a block runs all rows: it fills the cache
-        for step in range(N):
+        for step in range(N + remask):
+            redo = max(0, step - N + 1)
+            if redo:
+                least = (said if order in SCORES else shuffle[..., redo])[:, start:stop].masked_fill(~free[:, start:stop], 2)
+                z[:, start:stop].masked_fill_(rank(least) < count[:, k, step, None], V)
             hidden = z[:, start:stop] == V
             rows = hidden.any(1) if threshold else count[:, k, step] > 0
             number = int(rows.sum()) if threshold else busy[k][step]
@@ -779,12 +788,21 @@ def fill(model, z, noise, steps, order, threshold, how):
                 kept = past if everyone or not past else ([kv[:, r] for kv in past[0]], past[1])
                 logp, kept = model.decode(z[r], z[r], start, stop, kept)
                 past, first, hidden = kept if everyone else past, False, hidden[r]
-                sure = sureness(logp.exp(), order) if order in SCORES else 1 - shuffle[r, start:stop].to(logp)
-                rank = sure.masked_fill(~hidden, -1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-                some = ((sure >= threshold) & hidden).sum(1).clamp(min=1) if threshold else count[r, k, step]
-                x = draw(warp(logp, **how), u[r, start:stop])
-                z[r, start:stop] = torch.where(hidden & (rank < some[:, None]), x, z[r, start:stop])
+                sure = sureness(logp.exp(), order) if order in SCORES else 1 - shuffle[r, start:stop, 0].to(logp)
+                some = (count[r, k, step] if redo or not threshold else
+                        ((sure >= threshold) & hidden).sum(1).clamp(min=1))
+                new = hidden & (rank(-sure.masked_fill(~hidden, -1)) < some[:, None])
+                x = draw(warp(logp, **how), u[r, start:stop, redo])
+                z[r, start:stop] = torch.where(new, x, z[r, start:stop])
+                if remask:
+                    p = logp.exp().gather(2, x[..., None])[..., 0]
+                    said[r, start:stop] = torch.where(new, p.to(said), said[r, start:stop])
             yield z
+
+
+def rank(a):
+    """Place of each number of a (B, n) in its row, the smallest 0."""
+    return a.argsort(dim=1, stable=True).argsort(dim=1)
 
 
 def generate(model, B, steps=0, given=None, **how):

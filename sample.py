@@ -38,6 +38,8 @@ class Options:
                         "text", choices=("", *dlm.ORDERS))
     threshold: float = option(0.0, "reveal all that are at least so sure (0 to 1) at once, instead of --steps",
                               at_least=0, at_most=1)
+    remask: int = option(0, "further steps a block: each hides as many tokens again as a step revealed, the least likely, or "
+                         "with --order random and ancestral random ones, and draws them anew", at_least=0)
     temperature: float = option(1.0, "below 1 sharper, 0 the likeliest token", at_least=0)
     top_k: int = option(0, "draw from the K likeliest tokens only; 0: from all", at_least=0)
     top_p: float = option(1.0, "draw from the likeliest tokens that together reach this probability", at_least=0, at_most=1)
@@ -109,6 +111,8 @@ def bench(o, device):
         orders = [o.order] if o.order else dlm.ORDERS if model.b > 1 else [None]
         steps = [o.steps] if o.steps else [n for n in (2 ** k for k in range(11)) if n <= model.b]
         ways = [{"order": order, "steps": n} for order in orders for n in steps]
+        if o.remask:
+            ways = [{**way, "remask": o.remask} for way in ways]
         if model.b > 1 and not o.steps:
             ways += [{"order": o.order or "confidence", "threshold": t} for t in (0.5, 0.7, 0.9)]
         for way in ways:
@@ -229,7 +233,7 @@ def main(argv=None):
             yield from (coloured(line, colour) for line in wrap(text, width if terminal else -1))
 
     torch.manual_seed(o.seed)
-    for state in dlm.sample(model, z, o.steps, o.order, o.threshold, temperature=o.temperature, top_k=o.top_k,
+    for state in dlm.sample(model, z, o.steps, o.order, o.threshold, o.remask, temperature=o.temperature, top_k=o.top_k,
                             top_p=o.top_p):
         if torch.equal(state, states[-1]):
             continue

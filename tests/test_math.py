@@ -313,20 +313,36 @@ def test_many_steps_are_the_random_order_sampler():
 GIVEN = (1, MASK, MASK, MASK)   # with nothing given, a network without positions is equally sure everywhere: ties
 
 
-def law_of_order(model, order, N, threshold=0.0):
+def law_of_order(model, order, N, threshold=0.0, remask=0):
     """The exact law of `sample` from GIVEN, by following every path: which tokens each step reveals, and as what. (V^L,)"""
     x, L, b = texts(), model.L, model.b
 
     @functools.cache
-    def outcomes(z, start, step):
-        """{text: probability} from state z, when `step` steps of the block at `start` are done."""
+    def outcomes(z, said, start, step):
+        """{text: probability} from state z, whose tokens were drawn with probabilities `said`, when `step` steps of the
+        block at `start` are done."""
         if start >= L:
             return {z: 1.0}
         block = range(start, min(start + b, L))
+        steps = 1 if b == 1 else b if threshold else N
+        if step == steps + remask:
+            return outcomes(z, said, block[-1] + 1, 0)
+        if step < steps:
+            return reveal(z, said, start, step)
+        free, law = [i for i in block if GIVEN[i] == MASK], collections.Counter()
+        number = -(-len(free) // steps)
+        least = [sorted(free, key=lambda i: said[i])[:number]] if order != "random" else list(
+            itertools.combinations(free, number))
+        for again in least:
+            hidden = tuple(MASK if i in again else v for i, v in enumerate(z))
+            for text, r in reveal(hidden, said, start, step).items():
+                law[text] += r / len(least)
+        return law
+
+    def reveal(z, said, start, step):
+        block = range(start, min(start + b, L))
         hidden = [i for i in block if z[i] == MASK]
         steps = 1 if b == 1 else b if threshold else N
-        if step == steps:
-            return outcomes(z, block[-1] + 1, 0)
         p = model(torch.tensor([z]), torch.tensor([z])).exp()[0].detach()
         sure = {i: {"confidence": p[i].max(), "margin": p[i].sort().values[-1] - p[i].sort().values[-2],
                     "entropy": -(p[i] * -p[i].log()).sum()}.get(order) for i in hidden}
@@ -335,18 +351,19 @@ def law_of_order(model, order, N, threshold=0.0):
         count = -(-total * (step + 1) // steps) - -(-total * step // steps)
         if threshold:
             count = max(1, sum(float(sure[i]) >= threshold for i in hidden))
+        count = count if step < steps else len(hidden)
         chosen = [ranked[:count]] if order != "random" else list(itertools.combinations(hidden, min(count, len(hidden))))
         law = collections.Counter()
         for now in chosen:
             for values in itertools.product(range(V), repeat=len(now)):
-                after, q = list(z), 1 / len(chosen)
+                after, drawn, q = list(z), list(said), 1 / len(chosen)
                 for i, v in zip(now, values):
-                    after[i], q = v, q * p[i, v].item()
-                for text, r in outcomes(tuple(after), start, step + 1).items():
+                    after[i], drawn[i], q = v, p[i, v].item(), q * p[i, v].item()
+                for text, r in outcomes(tuple(after), tuple(drawn), start, step + 1).items():
                     law[text] += q * r
         return law
 
-    law = outcomes(GIVEN, 0, 0)
+    law = outcomes(GIVEN, (0.0,) * L, 0, 0)
     return torch.tensor([law[tuple(t)] for t in x.tolist()])
 
 
@@ -376,12 +393,35 @@ def test_threshold_follows_its_law(make, threshold):
 @pytest.mark.parametrize("make", [source, random_model], ids=["source", "Transformer"])
 @pytest.mark.parametrize("b", [1, 2, 4])
 def test_a_row_is_the_same_alone_and_among_others(make, order, b):
-    noise = torch.rand(9, L, 2, dtype=torch.float64)
+    noise = torch.rand(9, L, 6, dtype=torch.float64)
     given = torch.where(torch.rand(9, L) < 0.3, torch.randint(V, (9, L)), MASK)
-    for how in ({"steps": 2}, {"steps": 7}, {"threshold": 0.6}, {"steps": 2, "temperature": 0.7, "top_k": 2, "top_p": 0.8}):
-        states = list(dlm.sample(make(b), given, order=order, noise=noise, **how))
-        alone = [list(dlm.sample(make(b), given[r:r + 1], order=order, noise=noise[r:r + 1], **how)) for r in range(9)]
+    given[:, 0] = torch.randint(V, (9,))                   # with nothing to attend to but [MASK], all are equally sure
+    for how in ({"steps": 2}, {"steps": 7}, {"threshold": 0.6}, {"steps": 2, "temperature": 0.7, "top_k": 2, "top_p": 0.8},
+                {"steps": 2, "remask": 2}, {"threshold": 0.6, "remask": 2}):
+        u = noise[..., :2 + 2 * how.get("remask", 0)]
+        states = list(dlm.sample(make(b), given, order=order, noise=u, **how))
+        alone = [list(dlm.sample(make(b), given[r:r + 1], order=order, noise=u[r:r + 1], **how)) for r in range(9)]
         assert torch.equal(states[-1], torch.cat([a[-1] for a in alone]))
+
+
+@pytest.mark.parametrize("order", ["random", "confidence"])
+@pytest.mark.parametrize("make", [source, random_model], ids=["source", "Transformer"])
+def test_remasking_follows_its_law(make, order):
+    for b, N, remask in [(4, 1, 1), (4, 2, 1), (2, 2, 2)]:
+        model = make(b)
+        law = law_of_order(model, order, N, remask=remask)
+        torch.manual_seed(N)
+        x = dlm.generate(model, 5000, N, torch.tensor(GIVEN), order=order, remask=remask)
+        assert chi_square((x @ V ** torch.arange(L - 1, -1, -1)).bincount(minlength=V ** L), law) < 1, (b, N, remask)
+
+
+def test_remasking_random_tokens_one_by_one_keeps_a_true_law():
+    """Hiding one random token and drawing it from its true conditional is Gibbs sampling."""
+    model = source(L)
+    true = law_of_order(model, "random", L)
+    assert (law_of_order(model, "random", L, remask=2) - true).abs().max() < 1e-9
+    far = [(law_of_order(model, "random", 1, remask=r) - true).abs().sum() for r in (0, 1)]
+    assert far[0] > 0.05 and far[0] == pytest.approx(far[1])     # all at once, again: no better
 
 
 def test_calls_are_counted_and_none_is_wasted():
@@ -440,6 +480,25 @@ def test_nothing_stays_hidden_and_given_tokens_stay(order, b):
             assert (states[-1] < V).all()
             for a, c in zip(states, states[1:]):
                 assert ((a == c) | (a == MASK)).all()   # what is written stays
+
+
+class Clueless:
+    """A denoiser that says nothing, at once."""
+    V, b, embedding = V, 17, torch.nn.Embedding(1, 1)
+
+    def decode(self, x, z, start, stop, past):
+        return torch.zeros(len(z), stop - start, V), None
+
+
+@pytest.mark.parametrize("order", dlm.ORDERS)
+def test_nothing_stays_hidden_for_any_length_and_steps(order):
+    model = Clueless()
+    for model.L in range(1, 18):
+        for N in range(1, 21):
+            z = torch.full((2, model.L), MASK)
+            z[0, 0] = 1
+            *_, x = dlm.sample(model, z, N, order, remask=N % 3)
+            assert (x < V).all() and x[0, 0] == 1
 
 
 def test_confidence_reveals_equally_many_a_step():

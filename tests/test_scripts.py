@@ -379,7 +379,7 @@ def test_a_note_where_the_right_side_is_not_seen(call, run, prompt, noted):
     ("--length 9 --prompt The", [9] * 4), ("--length 9 --prompt T___", [9] * 4), ("--steps 50", [16] * 4),
     ("--order confidence", [16] * 4), ("--order ancestral --temperature 0.5", [16] * 4), ("--order random", [16] * 4),
     ("--order margin --steps 2", [16] * 4), ("--order entropy --top_k 2", [16] * 4), ("--threshold 0.1", [16] * 4),
-    ("--threshold 0.5 --top_p 0.5", [16] * 4), ("--length 17", [17] * 4), ("--length 50 --prompt The", [50] * 4)])
+    ("--threshold 0.5 --remask 1", [16] * 4), ("--threshold 0.5 --top_p 0.5", [16] * 4), ("--steps 2 --remask 3", [16] * 4), ("--length 17", [17] * 4), ("--length 50 --prompt The", [50] * 4)])
 def test_number_and_length(call, run, argv, lengths):
     code, out, _ = call("sample", f"--checkpoint {run} {argv}")
     assert code == 0 and [len(t) for t in texts(out)] == lengths
