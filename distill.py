@@ -163,23 +163,28 @@ def make_batch_loss(o, states, target, teacher, itself, ids, val):
     return batch_loss, validate
 
 
-def evaluate(model, teacher, judge, text, device):
-    """One row for held-out text, one for the AR teacher, the others for the student by order and steps a block."""
-    held = dlm.consecutive(text.parts["test"], model.L, JUDGED).to(device)
+def evaluate(model, teacher, judge, text, device, most):
+    """One row for held-out text, one for the AR teacher, the others for the student by order and steps a block, up to
+    `most`. Who finds how many of the last words of held-out passages is in the first row of each."""
+    held, order = dlm.consecutive(text.parts["test"], model.L, JUDGED).to(device), dlm.default_order(model)
+    ways = [("AR teacher", teacher, 1, None)]
+    if order != "ancestral":
+        ways.append((f"student, {most} steps, ancestral", model, most, "ancestral"))
+    ways += [(f"student, {n} steps, {order}", model, n, order) for n in STEPS if n <= most]
     rows, samples = [{"what": "held-out text", **dlm.judge_samples(judge, held, text)}], {}
-    ways = [("AR teacher", teacher, 1, None), (f"student, {model.b} steps, ancestral", model, model.b, "ancestral")]
-    ways += [(f"student, {n} steps, confidence", model, n, "confidence") for n in STEPS if n <= model.b]
     for what, who, n, order in ways:
-        with dlm.seeded(0), dlm.counting(who) as count:
-            start = time.time()
-            x = dlm.generate(who, JUDGED, n, order=order)
-        rows.append({"what": what, "order": order, "steps": n, "calls": count["calls"], "seconds": time.time() - start,
-                     **dlm.judge_samples(judge, x, text)})
+        with dlm.seeded(0):
+            row, x = dlm.judge_sampling(who, JUDGED, judge, text, steps=n, order=order)
+        rows.append({"what": what, **row})
         samples[what] = [text.tokenizer.decode(t) for t in x[:4]]
-    print(f"\n{JUDGED} texts; steps are per block of {model.b}    calls seconds  judge NLL  entropy  bigrams  known words")
+    for row, who in zip(rows[1:], (teacher, model)):
+        row["last_word"] = dlm.last_word_accuracy(who, dlm.passages(text), text.tokenizer)
+    print(f"\n{JUDGED} texts; steps are per block of {model.b}    calls seconds  judge NLL  entropy  bigrams  known words  "
+          "last word")
     for r in rows:
-        print(f"{r['what']:<34} {r.get('calls', 0):>8} {r.get('seconds', 0):>7.1f} {r['judge_nll']:>10.3f} "
-              f"{r['entropy']:>8.3f} {r['bigram_entropy']:>8.3f} {r['known_words']:>12.1%}")
+        print(f"{r['what']:<34} {r.get('calls', 0):>8.1f} {r.get('seconds', 0):>7.1f} {r['judge_nll']:>10.3f} "
+              f"{r['entropy']:>8.3f} {r['bigram_entropy']:>8.3f} {r['known_words']:>12.1%}"
+              + (f" {r['last_word']:>10.1%}" if "last_word" in r else ""))
     return rows, samples
 
 
@@ -234,14 +239,15 @@ def compare_estimators(o, folder, teacher, student, text):
 
 def draw_quality(rows, path):
     """Judge NLL and entropy against network calls."""
-    student = [r for r in rows if r.get("order") == "confidence"]
+    student = [r for r in rows[2:] if r["order"] == rows[-1]["order"]]
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.2))
     for ax, key, label in zip(axes, ("judge_nll", "entropy"), ("judge NLL, nats per token", "unigram entropy, nats")):
-        ax.plot([r["calls"] for r in student], [r[key] for r in student], "ko-", label="student, confidence order")
+        ax.plot([r["calls"] for r in student], [r[key] for r in student], "ko-",
+                label=f"student, {rows[-1]['order']} order")
         for r, style in zip(rows[:2], (":", "--")):
             ax.axhline(r[key], color="k", linestyle=style, label=r["what"])
         ax.set(xlabel="network calls for a text", ylabel=label, xscale="log")
-        ax.set_xticks([r["calls"] for r in student], [str(r["calls"]) for r in student])
+        ax.set_xticks([r["calls"] for r in student], [f"{r['calls']:.0f}" for r in student])
         ax.minorticks_off()
     axes[1].legend(loc="center")
     train_teacher.save_figure(fig, path)
@@ -301,7 +307,7 @@ def run(o, ckpt):
     prepared = time.time() - before
     trainer = train_teacher.fit(o, folder, student, text, batch_loss, o.lr, ckpt, folder.name, validate)
     model = trainer.averaged()
-    rows, samples = evaluate(model, teacher, judge, text, device)
+    rows, samples = evaluate(model, teacher, judge, text, device, min(model.b, o.first or model.b))
     train_teacher.report(o, folder, trainer, model, text, teacher=str(path), states=states, target=target,
                          teacher_seconds=prepared, table=rows, samples=samples)
     draw_quality(rows, folder / "quality.png")

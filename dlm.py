@@ -910,9 +910,45 @@ def known_words(texts, words):
 
 def judge_samples(judge, x, text):
     """What is said of generated tokens x (B, L): NLL under an AR judge, entropies, share of known words."""
-    return {"judge_nll": bound(judge, x)[0], "entropy": entropy(x), "bigram_entropy": entropy(x, 2),
+    nll, se = bound(judge, x)
+    return {"judge_nll": nll, "judge_se": se, "entropy": entropy(x), "bigram_entropy": entropy(x, 2),
             "distinct_2": distinct(x, 2), "distinct_3": distinct(x, 3),
             "known_words": known_words([text.tokenizer.decode(t) for t in x], text.words)}
+
+
+def judge_sampling(model, B, judge, text, **way):
+    """Lets a model write B texts: what is said of them and what they cost -> row, texts (B, L). `calls` of the network are
+    those a text takes part in, on average; `seconds` are those of the whole batch."""
+    with counting(model) as count:
+        start = time.time()
+        x = generate(model, B, **way)
+        int(x[0, 0])                                                    # waits for the device
+    return {**way, "calls": count["rows"] / B, "seconds": time.time() - start, **judge_samples(judge, x, text)}, x
+
+
+def passages(text, n=512):
+    """Held-out text, cut behind n of its words (for sums: results), evenly spaced: list of strings."""
+    held = text.tokenizer.decode(text.parts["test"])
+    ends = [m.end() for m in re.finditer(r"=\w+" if text.name == "arithmetic" else r"\w+", held)]
+    ends = ends[len(ends) // 10:]                                       # each with something before it
+    return [held[:end] for end in ends[::-(-len(ends) // n)]]
+
+
+def last_word_accuracy(model, passages, tokenizer):
+    """Share of passages whose last word the model finds from what stands before it, of which it sees as much as its context
+    holds. Greedy, the surest token first, told how many tokens to find. In the spirit of LAMBADA (1606.06031)."""
+    right, alike = [], defaultdict(list)
+    for p in passages:
+        word = re.search(r" ?\w+\W*$", p)
+        if word:
+            known, wanted = tokenizer.encode(p[:word.start()][-20 * model.L:], unknown="drop"), tokenizer.encode(
+                re.sub(r"\W+$", "", word[0]), unknown="drop")
+            x = torch.cat([known, wanted])[-model.L:]
+            alike[len(x)].append((x, torch.cat([known, wanted * 0 + model.V])[-model.L:]))
+    for pairs in alike.values():
+        x, z = (torch.stack(each).to(model.embedding.weight.device) for each in zip(*pairs))
+        right.append((generate(model, len(z), given=z, order="confidence", temperature=0) == x).all(1))
+    return torch.cat(right).float().mean().item()
 
 
 # ----------------------------------------------------------------------------------------------------------

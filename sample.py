@@ -48,6 +48,8 @@ class Options:
     bench: str = option("", "checkpoints to compare, AR or diffusion, separated by commas; --order and --steps narrow it")
     judge: str = option("", "with --bench: the AR checkpoint that judges the texts, best trained from another seed")
     texts: int = option(128, "with --bench: texts a row of the table", at_least=2)
+    passages: str = option("", "with --bench: a text file such as LAMBADA's, one passage a line, whose last words are to be "
+                           "found; empty: passages of the judge's held-out text")
     out: str = option("runs/bench", "with --bench: folder of its table and figure")
     watch: bool = option(False, "show the text as it resolves: hidden tokens dim, new ones bright")
     gif: str = option("", "draw that into this file, the first text only")
@@ -90,6 +92,16 @@ def timed(f, repeats=5):
     return seconds[repeats // 2], seconds[0], seconds[-1]
 
 
+def read_passages(path):
+    try:
+        found = [p for p in Path(path).read_text(encoding="utf-8").splitlines() if re.search(r"\w\W*$", p)]
+    except (OSError, UnicodeDecodeError):
+        found = []
+    if not found:
+        raise UserError(f"--passages {path}: cannot be read, or has no words; give a text file, one passage a line")
+    return found
+
+
 def bench(o, device):
     """Each checkpoint by each order and number of steps: quality under the judge, calls, seconds. Table, JSON, figure."""
     from distill import same_vocabulary             # here: sampling need not wait for matplotlib
@@ -103,11 +115,14 @@ def bench(o, device):
         same_vocabulary(f"--bench {path}", its_tokenizer, model, f"--judge {o.judge}", tokenizer, judge)
         models.append((path, model))
     text = dlm.load_text(ckpt["options"]["data"], tokenizer, judge.L)
+    passages = read_passages(o.passages) if o.passages else dlm.passages(text)
     rows = [{"what": "held-out text",
              **dlm.judge_samples(judge, dlm.consecutive(text.parts["test"], judge.L, o.texts).to(device), text)}]
-    print(f"{o.texts} texts a row; seconds: median (minimum to maximum) of 5, batches of 1 and 32\n"
-          f"{'what':<44} {'judge':>6} {'H1':>5} {'H2':>5} {'dist2':>5} {'words':>5} {'calls':>6} {'batch 1':>22} {'batch 32':>22}")
+    print(f"{o.texts} texts a row; last: of {len(passages)} passages, how many last words are found; seconds: median "
+          "(minimum to maximum) of 5, batches of 1 and 32\n"
+          f"{'what':<44} {'judge':>6} {'H1':>5} {'H2':>5} {'dist2':>5} {'words':>5} {'last':>5} {'calls':>6} {'batch 1':>22} {'batch 32':>22}")
     for path, model in models:
+        found = dlm.last_word_accuracy(model, passages, tokenizer)
         orders = [o.order] if o.order else dlm.ORDERS if model.b > 1 else [None]
         steps = [o.steps] if o.steps else [n for n in (2 ** k for k in range(11)) if n <= model.b]
         ways = [{"order": order, "steps": n} for order in orders for n in steps]
@@ -117,16 +132,14 @@ def bench(o, device):
             ways += [{"order": o.order or "confidence", "threshold": t} for t in (0.5, 0.7, 0.9)]
         for way in ways:
             with dlm.seeded(o.seed):
-                with dlm.counting(model) as count:
-                    x = dlm.generate(model, o.texts, **way)
-                calls = count["rows"] / o.texts
+                row = dlm.judge_sampling(model, o.texts, judge, text, **way)[0]
                 alone, many = (timed(lambda: dlm.generate(model, B, **way)) for B in (1, 32))
             name = " ".join([Path(path).stem, *(f"{k} {v}" for k, v in way.items() if v and model.b > 1)])
-            rows.append({"what": name, "checkpoint": path, "block": model.b, **way, "calls": calls,
-                         "seconds_1": alone, "seconds_32": many, **dlm.judge_samples(judge, x, text)})
-            r = rows[-1]
+            r = {"what": name, "checkpoint": path, "block": model.b, "last_word": found, **row, "seconds_1": alone,
+                 "seconds_32": many}
+            rows.append(r)
             print(f"{name:<44} {r['judge_nll']:>6.3f} {r['entropy']:>5.2f} {r['bigram_entropy']:>5.2f} {r['distinct_2']:>5.2f} "
-                  f"{r['known_words']:>5.0%} {calls:>6.1f} " + " ".join(
+                  f"{r['known_words']:>5.0%} {found:>5.0%} {r['calls']:>6.1f} " + " ".join(
                       f"{a:>7.3f} ({b:.3f} to {c:.3f})".rjust(22) for a, b, c in (alone, many)), flush=True)
     dlm.write_json(Path(o.out) / "bench.json",
                    {"options": vars(o), "device": device, "versions": dlm.versions(), "rows": rows})

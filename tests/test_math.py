@@ -3,6 +3,7 @@ import collections
 import functools
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -930,3 +931,20 @@ def test_bound_leaves_random_numbers_alone():
     a = torch.rand(3)
     torch.manual_seed(0)
     assert dlm.bound(model, x) == dlm.bound(model, x) and torch.equal(torch.rand(3), a)
+
+
+@pytest.mark.parametrize("b", [1, 4, 8])
+def test_last_words_are_found_by_who_knows(b):
+    """A source that can only say "abc abc abc": it finds those last words, and no others."""
+    tokenizer = dlm.Tokenizer("char", "abc ")
+    knows = dlm.HiddenMarkov(torch.ones(4) / 4, torch.eye(4).roll(1, 1), torch.eye(4), L=8, b=b)
+    found = [dlm.last_word_accuracy(knows, [p], tokenizer) for p in
+             ["abc abc", "c abc abc abc", "abc abc abc abc.", "b", "abc acb", "abc abca", "abc abc abc acb."]]
+    assert found[:3] == [1, 1, 1] and found[4:] == [0, 0, 0]
+    assert dlm.last_word_accuracy(knows, ["abc abc", "bc abc abc", "abc cbc", "acb"], tokenizer) == 0.5
+
+
+def test_passages_end_in_words():
+    text = dlm.load_text("arithmetic", "char", 16)
+    ends = dlm.passages(text, 50)
+    assert 40 < len(ends) <= 50 and all(re.search(r"\d\d\+\d\d=\d{3}$", p) for p in ends) and len(set(ends)) == len(ends)
