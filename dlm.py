@@ -720,7 +720,7 @@ def sureness(p, kind):
     return (-torch.special.entr(p).sum(-1)).exp()                # entropy: 1 / the number it hesitates between
 
 
-SCORES = ("confidence", "margin", "entropy")
+SCORES = ("confidence", "margin", "entropy", "spread")             # orders that ask the network
 ORDERS = ("ancestral", "random", *SCORES)
 
 
@@ -737,10 +737,12 @@ def sample(model, z, steps=0, order=None, threshold=0.0, remask=0, noise=None, *
     a step; with a threshold all that are at least so sure, but one or more, in as many steps as it takes; ancestral:
     each at a uniform one of the steps, in other words with probability (t-s)/t. Which: `random` ones (and ancestral), or
     the surest first by the probability of the likeliest token (`confidence`), its lead over the second (`margin`), or
-    the entropy. Given tokens never change; those right of a block are seen only at b = L. An AR model has blocks of one
+    the `entropy`; or the lowest entropy in each stretch of `steps` hidden tokens (`spread`): what is drawn together then
+    stands apart. Given tokens never change; those right of a block are seen only at b = L. An AR model has blocks of one
     token: ordinary generation. steps 0: one token a step. `remask` steps more, when a block is full, hide as many tokens
     again as one step revealed and draw them anew: those drawn with the least probability, or with the orders that do not
-    ask the network, random ones. noise (B, T, 2 + 2 remask): uniforms, so that a row can be had again. Beyond the context the text goes on in windows, each of which sees the last half context before it."""
+    ask the network, random ones. noise (B, T, 2 + 2 remask): uniforms, so that a row can be had again. Beyond the model's
+    context the text goes on in windows, each of which sees the last half context before it."""
     order = order or default_order(model)
     if order not in ORDERS:
         raise UserError(f"--order {order}: unknown; use {', '.join(ORDERS)}")
@@ -764,8 +766,8 @@ def fill(model, z, noise, steps, order, threshold, remask, how):
         when = F.pad((shuffle[..., 0] * N).long(), (0, n * b - L)).view(B, n, b)
         count = hidden.new_zeros(B, n, N, dtype=torch.long).scatter_add(2, when, hidden.long())
     else:                                                                          # tokens revealed by row, block, step
-        edges = hidden.sum(-1, keepdim=True) * torch.arange(N + 1, device=z.device)
-        count = ((edges + N - 1) // N).diff(dim=-1)
+        each, more = hidden.sum(-1, keepdim=True) // N, hidden.sum(-1, keepdim=True) % N
+        count = each + (torch.arange(N, device=z.device) < more).long()
     remask = remask if b > 1 else 0                                                # one token alone would only be redrawn
     again = (hidden.sum(-1, keepdim=True) + N - 1) // N                            # tokens that are drawn anew
     count = torch.cat([count, again.expand(-1, -1, remask)], dim=-1)
@@ -774,6 +776,7 @@ def fill(model, z, noise, steps, order, threshold, remask, how):
     past = None
     for k, start in enumerate(range(0, L, b)):
         stop, first = min(start + b, L), b < L             # the first call of a block runs all rows: it fills the cache
+        stretch = (free[:, start:stop].cumsum(1) - 1).clamp(min=0) // N                # of N hidden tokens, for `spread`
         for step in range(N + remask):
             redo = max(0, step - N + 1)
             if redo:
@@ -791,7 +794,12 @@ def fill(model, z, noise, steps, order, threshold, remask, how):
                 sure = sureness(logp.exp(), order) if order in SCORES else 1 - shuffle[r, start:stop, 0].to(logp)
                 some = (count[r, k, step] if redo or not threshold else
                         ((sure >= threshold) & hidden).sum(1).clamp(min=1))
-                new = hidden & (rank(-sure.masked_fill(~hidden, -1)) < some[:, None])
+                place = rank(-sure.masked_fill(~hidden, -1))
+                if order == "spread" and not redo and not threshold:
+                    best = torch.full_like(place, L).scatter_reduce(1, stretch[r], place, "amin")
+                    new = hidden & (place == best.gather(1, stretch[r]))
+                else:
+                    new = hidden & (place < some[:, None])
                 x = draw(warp(logp, **how), u[r, start:stop, redo])
                 z[r, start:stop] = torch.where(new, x, z[r, start:stop])
                 if remask:

@@ -346,13 +346,18 @@ def law_of_order(model, order, N, threshold=0.0, remask=0):
         steps = 1 if b == 1 else b if threshold else N
         p = model(torch.tensor([z]), torch.tensor([z])).exp()[0].detach()
         sure = {i: {"confidence": p[i].max(), "margin": p[i].sort().values[-1] - p[i].sort().values[-2],
-                    "entropy": -(p[i] * -p[i].log()).sum()}.get(order) for i in hidden}
+                    "entropy": (p[i] * p[i].log()).sum(), "spread": (p[i] * p[i].log()).sum()}.get(order) for i in hidden}
         ranked = sorted(hidden, key=lambda i: -sure[i]) if order != "random" else hidden
         total = sum(GIVEN[i] == MASK for i in block)
-        count = -(-total * (step + 1) // steps) - -(-total * step // steps)
+        count = total // steps + (step < total % steps)
         if threshold:
             count = max(1, sum(float(sure[i]) >= threshold for i in hidden))
         count = count if step < steps else len(hidden)
+        if order == "spread" and step < steps and not threshold:     # the surest of each stretch of `steps` hidden tokens
+            free = [i for i in block if GIVEN[i] == MASK]
+            stretches = [free[j:j + steps] for j in range(0, len(free), steps)]
+            ranked = [min(set(s) & set(hidden), key=lambda i: (-sure[i], i)) for s in stretches if set(s) & set(hidden)]
+            assert len(ranked) == count
         chosen = [ranked[:count]] if order != "random" else list(itertools.combinations(hidden, min(count, len(hidden))))
         law = collections.Counter()
         for now in chosen:
@@ -368,7 +373,7 @@ def law_of_order(model, order, N, threshold=0.0, remask=0):
     return torch.tensor([law[tuple(t)] for t in x.tolist()])
 
 
-@pytest.mark.parametrize("order", ["random", "confidence", "margin", "entropy"])
+@pytest.mark.parametrize("order", ["random", "confidence", "margin", "entropy", "spread"])
 @pytest.mark.parametrize("make", [source, random_model], ids=["source", "Transformer"])
 def test_every_order_follows_its_law(make, order):
     for b, N in [(4, 1), (4, 2), (4, 3), (4, 4), (2, 1), (2, 2), (3, 2)]:
@@ -500,6 +505,18 @@ def test_nothing_stays_hidden_for_any_length_and_steps(order):
             z[0, 0] = 1
             *_, x = dlm.sample(model, z, N, order, remask=N % 3)
             assert (x < V).all() and x[0, 0] == 1
+
+
+def test_spread_takes_one_token_of_each_stretch():
+    model = random_model(16, L=16)
+    given = torch.full((3, 16), MASK)
+    given[:, 5:7] = 1
+    before, *states = dlm.sample(model, given, 4, "spread")
+    stretches = [[0, 1, 2, 3], [4, 7, 8, 9], [10, 11, 12, 13], [14, 15]]
+    for step, after in enumerate(states):
+        for s in stretches:
+            assert ((before[:, s] != after[:, s]).sum(1) == (step < len(s))).all()
+        before = after
 
 
 def test_confidence_reveals_equally_many_a_step():
