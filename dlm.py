@@ -306,15 +306,15 @@ class Layer(nn.Module):
         """h (B, T, d); mask (.., T, K), "causal" or None for all. past (2, B, H, room, D): keys and values; the first
         `done` are there, these T are written behind them, and K = done + T."""
         B, T, d = h.shape
-        q, k, v = self.qkv(norm(h)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        q, k = rotate(norm(q), rope), rotate(norm(k), rope)  # QK-norm: lets the learning rate be high
+        qkv = self.qkv(norm(h)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
+        (q, k), v = rotate(norm(qkv[:2].contiguous()), rope), qkv[2]  # QK-norm: lets the learning rate be high
         if past is not None:
             past[:, :, :, done:done + T] = torch.stack([k, v])
             k, v = past[:, :, :, :done + T].to(q.dtype)
         causal = isinstance(mask, str)
         y = F.scaled_dot_product_attention(q, k, v, None if causal else mask, is_causal=causal)
         h = h + F.dropout(self.proj(y.transpose(1, 2).reshape(B, T, d)), self.dropout, self.training)
-        y = self.down(F.relu(self.up(norm(h))).square())
+        y = self.down(self.up(norm(h)).relu_().square())
         return h + F.dropout(y, self.dropout, self.training)
 
 
@@ -700,8 +700,8 @@ def warp(logp, temperature=1.0, top_k=0, top_p=1.0):
     """The probabilities that tokens are drawn with, from log-probabilities (.., V). Each row for itself.
 
     temperature 0 and top_k 1 take the arg max; top_p keeps the likeliest tokens up to the one that reaches it."""
-    if temperature < 1e-6:
-        temperature, top_k = 1.0, 1
+    if temperature < 1e-6 or top_k == 1:
+        return F.one_hot(logp.softmax(-1).argmax(-1), logp.size(-1)).to(logp)
     p = (logp / temperature).softmax(-1)
     if top_k or top_p < 1:
         best, index = p.sort(dim=-1, descending=True, stable=True)
@@ -711,13 +711,13 @@ def warp(logp, temperature=1.0, top_k=0, top_p=1.0):
     return p / p.sum(-1, keepdim=True)
 
 
-def sureness(p, kind):
-    """How sure the network is of a token, 0 to 1, from its probabilities p (.., V) -> (..)."""
+def sureness(logp, kind):
+    """How sure the network is of a token, 0 to 1, from log-probabilities (.., V) -> (..)."""
     if kind == "confidence":
-        return p.amax(-1)
+        return logp.amax(-1).exp()
     if kind == "margin":
-        return -p.topk(2).values.diff(dim=-1)[..., 0]
-    return (-torch.special.entr(p).sum(-1)).exp()                # entropy: 1 / the number it hesitates between
+        return -logp.topk(2).values.exp().diff(dim=-1)[..., 0]
+    return (-torch.special.entr(logp.exp()).sum(-1)).exp()       # entropy: 1 / the number it hesitates between
 
 
 SCORES = ("confidence", "margin", "entropy", "spread")             # orders that ask the network
@@ -789,9 +789,10 @@ def fill(model, z, noise, steps, order, threshold, remask, how):
                 everyone = first or number == B
                 r = slice(None) if everyone else rows.nonzero()[:, 0]
                 kept = past if everyone or not past else ([kv[:, r] for kv in past[0]], past[1])
-                logp, kept = model.decode(z[r], z[r], start, stop, kept)
+                with torch.inference_mode():           # saves what no_grad still spends on each operation
+                    logp, kept = model.decode(z[r], z[r], start, stop, kept)
                 past, first, hidden = kept if everyone else past, False, hidden[r]
-                sure = sureness(logp.exp(), order) if order in SCORES else 1 - shuffle[r, start:stop, 0].to(logp)
+                sure = sureness(logp, order) if order in SCORES else 1 - shuffle[r, start:stop, 0].to(logp)
                 some = (count[r, k, step] if redo or not threshold else
                         ((sure >= threshold) & hidden).sum(1).clamp(min=1))
                 place = rank(-sure.masked_fill(~hidden, -1))
@@ -800,11 +801,11 @@ def fill(model, z, noise, steps, order, threshold, remask, how):
                     new = hidden & (place == best.gather(1, stretch[r]))
                 else:
                     new = hidden & (place < some[:, None])
-                x = draw(warp(logp, **how), u[r, start:stop, redo])
-                z[r, start:stop] = torch.where(new, x, z[r, start:stop])
+                x = draw(warp(logp[new], **how), u[r, start:stop, redo][new])              # only what is revealed
+                z[r, start:stop] = z[r, start:stop].masked_scatter(new, x)
                 if remask:
-                    p = logp.exp().gather(2, x[..., None])[..., 0]
-                    said[r, start:stop] = torch.where(new, p.to(said), said[r, start:stop])
+                    p = logp[new].gather(1, x[:, None])[:, 0].exp()
+                    said[r, start:stop] = said[r, start:stop].masked_scatter(new, p.to(said))
             yield z
 
 
