@@ -166,11 +166,9 @@ def make_batch_loss(o, states, target, teacher, itself, ids, val):
 def evaluate(model, teacher, judge, text, device, most):
     """One row for held-out text, one for the AR teacher, the others for the student by order and steps a block, up to
     `most`. Who finds how many of the last words of held-out passages is in the first row of each."""
-    held, order = dlm.consecutive(text.parts["test"], model.L, JUDGED).to(device), dlm.default_order(model)
-    ways = [("AR teacher", teacher, 1, None)]
-    if order != "ancestral":
-        ways.append((f"student, {most} steps, ancestral", model, most, "ancestral"))
-    ways += [(f"student, {n} steps, {order}", model, n, order) for n in STEPS if n <= most]
+    held = dlm.consecutive(text.parts["test"], model.L, JUDGED).to(device)
+    ways = [("AR teacher", teacher, 1, None), (f"student, {most} steps, ancestral", model, most, "ancestral")]
+    ways += [(f"student, {n} steps, spread", model, n, "spread") for n in STEPS if n <= most]
     rows, samples = [{"what": "held-out text", **dlm.judge_samples(judge, held, text)}], {}
     for what, who, n, order in ways:
         with dlm.seeded(0):
@@ -239,11 +237,10 @@ def compare_estimators(o, folder, teacher, student, text):
 
 def draw_quality(rows, path):
     """Judge NLL and entropy against network calls."""
-    student = [r for r in rows[2:] if r["order"] == rows[-1]["order"]]
+    student = [r for r in rows[2:] if r["order"] == "spread"]
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.2))
     for ax, key, label in zip(axes, ("judge_nll", "entropy"), ("judge NLL, nats per token", "unigram entropy, nats")):
-        ax.plot([r["calls"] for r in student], [r[key] for r in student], "ko-",
-                label=f"student, {rows[-1]['order']} order")
+        ax.plot([r["calls"] for r in student], [r[key] for r in student], "ko-", label="student, spread order")
         for r, style in zip(rows[:2], (":", "--")):
             ax.axhline(r[key], color="k", linestyle=style, label=r["what"])
         ax.set(xlabel="network calls for a text", ylabel=label, xscale="log")

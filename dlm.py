@@ -724,11 +724,6 @@ SCORES = ("confidence", "margin", "entropy", "spread")             # orders that
 ORDERS = ("ancestral", "random", *SCORES)
 
 
-def default_order(model):
-    """Surest first inside short blocks, where it agrees best with itself; over a whole text it lowers entropy sharply."""
-    return "ancestral" if model.b >= model.L else "confidence"
-
-
 @torch.no_grad()
 def sample(model, z, steps=0, order=None, threshold=0.0, remask=0, noise=None, **how):
     """Fills the hidden tokens of z (B, T), block by block, each block in `steps` steps; yields the state after each.
@@ -743,7 +738,7 @@ def sample(model, z, steps=0, order=None, threshold=0.0, remask=0, noise=None, *
     again as one step revealed and draw them anew: those drawn with the least probability, or with the orders that do not
     ask the network, random ones. noise (B, T, 2 + 2 remask): uniforms, so that a row can be had again. Beyond the model's
     context the text goes on in windows, each of which sees the last half context before it."""
-    order = order or default_order(model)
+    order = order or ("confidence" if threshold else "spread")
     if order not in ORDERS:
         raise UserError(f"--order {order}: unknown; use {', '.join(ORDERS)}")
     L, b, z = model.L, model.b, z.clone()
@@ -759,6 +754,7 @@ def sample(model, z, steps=0, order=None, threshold=0.0, remask=0, noise=None, *
 def fill(model, z, noise, steps, order, threshold, remask, how):
     """`sample` within one context, (B, L)."""
     z, b, V, (B, L) = z.clone(), model.b, model.V, z.shape
+    order = order if b > 1 else "random"                                           # one token has no order
     n, N = -(-L // b), 1 if b == 1 else b if threshold else steps or b              # blocks; steps in each
     u, shuffle = noise.unflatten(-1, (-1, 2)).unbind(-1)                           # (B, L, 1 + remask)
     hidden = F.pad(z == V, (0, n * b - L)).view(B, n, b)
@@ -825,7 +821,7 @@ def generate(model, B, steps=0, given=None, **how):
 
 
 @torch.no_grad()
-def correct(model, x, doubt=3.0):
+def correct(model, x, doubt=6.0):
     """Rewrites unlikely tokens of a text x (L,), the worst first; yields (position, its doubt, the text so far).
 
     A token's doubt: how much likelier, in nats, the network finds its favourite in that place, given all the others that

@@ -23,6 +23,8 @@ from dlm import UserError, option
 
 SHIPPED = Path(__file__).parent / "assets" / "dlm-docs.pt"  # a small trained model, so that something shows at once
 
+NO_THRESHOLD = ("ancestral", "random", "spread")            # orders that say themselves how many tokens a step reveals
+
 
 @dataclass
 class Options:
@@ -33,9 +35,9 @@ class Options:
     stop: str = option("", "end each text before this string")
     number: int = option(4, "texts", at_least=1)
     steps: int = option(0, "steps a block; 0: one token a step", at_least=0)
-    order: str = option("", "which tokens come first: random ones (ancestral: at random times too), or the surest by "
-                        "their confidence, margin or entropy; empty: confidence inside blocks, ancestral over a whole "
-                        "text", choices=("", *dlm.ORDERS))
+    order: str = option("", "which tokens come first: random ones (ancestral: at random times too), the surest by their "
+                        "confidence, margin or entropy, or the surest of each stretch of --steps tokens (spread); empty: "
+                        "spread, and with --threshold confidence", choices=("", *dlm.ORDERS))
     threshold: float = option(0.0, "reveal all that are at least so sure (0 to 1) at once, instead of --steps",
                               at_least=0, at_most=1)
     remask: int = option(0, "further steps a block: each hides as many tokens again as a step revealed, the least likely, or "
@@ -44,7 +46,7 @@ class Options:
     top_k: int = option(0, "draw from the K likeliest tokens only; 0: from all", at_least=0)
     top_p: float = option(1.0, "draw from the likeliest tokens that together reach this probability", at_least=0, at_most=1)
     correct: str = option("", "a text whose unlikely tokens are found and rewritten; writes nothing else")
-    doubt: float = option(3.0, "with --correct: rewrite where another token is likelier by this many nats", at_least=0)
+    doubt: float = option(6.0, "with --correct: rewrite where another token is likelier by this many nats", at_least=0)
     bench: str = option("", "checkpoints to compare, AR or diffusion, separated by commas; --order and --steps narrow it")
     judge: str = option("", "with --bench: the AR checkpoint that judges the texts, best trained from another seed")
     texts: int = option(128, "with --bench: texts a row of the table", at_least=2)
@@ -128,7 +130,7 @@ def bench(o, device):
         ways = [{"order": order, "steps": n} for order in orders for n in steps]
         if o.remask:
             ways = [{**way, "remask": o.remask} for way in ways]
-        if model.b > 1 and not o.steps:
+        if model.b > 1 and not o.steps and o.order not in NO_THRESHOLD:
             ways += [{"order": o.order or "confidence", "threshold": t} for t in (0.5, 0.7, 0.9)]
         for way in ways:
             with dlm.seeded(o.seed):
@@ -221,6 +223,9 @@ def draw_gif(frames, path):
 
 def main(argv=None):
     o = dlm.parse(Options, argv, __doc__)
+    if o.threshold and o.order in NO_THRESHOLD:
+        raise UserError(f"--order {o.order}: says itself how many tokens a step reveals; with --threshold use confidence, "
+                        "margin or entropy")
     device = dlm.pick_device(o.device)
     if o.bench:
         return bench(o, device)

@@ -216,7 +216,7 @@ def test_table_of_a_student(world):
     held, teacher, *student = m["table"]
     assert (held["what"], teacher["what"], teacher["calls"]) == ("held-out text", "AR teacher", 16)
     assert held["known_words"] > 0.9
-    assert [r["calls"] for r in student if r["order"] == "confidence"] == [4 * r["steps"] for r in student[1:]]
+    assert [r["calls"] for r in student if r["order"] == "spread"] == [4 * r["steps"] for r in student[1:]]
     for r in m["table"]:
         assert r["judge_nll"] > 0 and 0 < r["entropy"] < r["bigram_entropy"] and 0 <= r["known_words"] <= 1
     assert m["teacher"] == AR and (m["states"], m["target"]) == ("data", "topk")
@@ -686,7 +686,8 @@ DISTILL = ["--method tsc", "--states texts", "--target top", "--divergence kl", 
            "--student runs/other", "--student runs/short", "--student teacher", "--out tiny.txt"]
 SAMPLE = ["--threshold 1.5", "--threshold -1", "--threshold nan", "--top_k -1", "--top_p 1.1", "--top_p nan",
           "--length -1", "--number 0", "--number -1", "--steps -1", "--temperature nan",
-          "--temperature -1", "--temperature inf", "--order left", "--prompt TheTheTheTheTheThe",
+          "--temperature -1", "--temperature inf", "--order left", "--order spread --threshold 0.5", "--remask -1",
+          "--prompt TheTheTheTheTheThe",
           "--prompt Thethethethethet", "--prompt The_of",
           "--prompt Théorème", "--prompt 42", "--length 2 --prompt The", "--length 4 --prompt The____"]
 
