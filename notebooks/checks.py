@@ -1,0 +1,177 @@
+"""Checks of the notebooks' exercises. Each says what is wrong, not only that something is; an open hole is no error."""
+import contextlib
+import math
+
+import torch
+
+
+class NotDone(AssertionError):
+    """The exercise's function still has its hole."""
+
+
+@contextlib.contextmanager
+def attempt():
+    """Around a check in a notebook: an unfilled hole is told and does not stop it, a wrong answer does."""
+    try:
+        yield
+    except NotDone as e:
+        print(e)
+
+
+def compare(f, cases, right, suspects):
+    """Prints "right" if f(*case) equals right(*case) in all cases; else says what is wrong in the first that differs.
+
+    suspects: {what one did wrong: a function that does it}. right and they give numbers, lists or tensors."""
+    for case in cases:
+        got = f(*case)
+        if got is None or got is ...:
+            raise NotDone(f"{f.__name__}: not done yet")
+        try:
+            got = torch.as_tensor(got)
+        except (TypeError, ValueError, RuntimeError):
+            raise AssertionError(f"{f.__name__}: a number, a list or a tensor is wanted, not {got!r}") from None
+        want = torch.as_tensor(right(*case))
+        if same(got, want):
+            continue
+        where = f"for {', '.join(map(show, case))} it should be {show(want)}, you return {show(got)}"
+        for what, wrong in suspects.items():
+            if same(got, torch.as_tensor(wrong(*case))):
+                raise AssertionError(f"{f.__name__}: {what}: {where}")
+        if got.shape != want.shape:
+            raise AssertionError(f"{f.__name__}: shape {tuple(want.shape)} is wanted, not {tuple(got.shape)}: {where}")
+        if want.dtype == torch.bool and got.dtype != torch.bool:
+            raise AssertionError(f"{f.__name__}: a mask of True and False is wanted: {where}")
+        raise AssertionError(f"{f.__name__}: {where}")
+    print(f"{f.__name__}: right")
+
+
+def same(a, b):
+    return (a.shape == b.shape and (a.dtype == torch.bool) == (b.dtype == torch.bool)
+            and torch.allclose(a.double(), b.double(), rtol=0, atol=1e-4, equal_nan=True))
+
+
+def show(a):
+    a = a.tolist() if isinstance(a, torch.Tensor) else a
+    if isinstance(a, list):
+        return "[" + ", ".join(map(show, a)) + "]"
+    return f"{a:.4g}" if isinstance(a, float) else str(a)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 2_parallel
+
+def mean_whole(L, N):
+    """The answer of exercise 1: the mean share of whole rows on `branch` in N ancestral steps over L tokens."""
+    return 2 * sum((1 - (n - 0.5) / N) ** L - (1 - n / N) ** L for n in range(1, N + 1))
+
+
+def check_whole_rows(f):
+    """f(k): the share of rows of `branch` that k tokens, drawn at once, leave whole."""
+    compare(f, [(3,), (2,), (1,), (8,)], lambda k: 2.0 ** (1 - k), {
+        "one factor 1/2 too many, the first of the k tokens has nobody to disagree with": lambda k: 2.0 ** -k,
+        "this is the share of broken rows, take it from 1": lambda k: 1 - 2.0 ** (1 - k),
+        "upside down, a share is at most 1": lambda k: 2.0 ** (k - 1),
+        "not 10 letters but 2 are possible once the first letter is given": lambda k: 10.0 ** (1 - k),
+        "this is linear in k, but every token more halves the share": lambda k: 1 / k})
+
+
+def check_mean_whole_rows(f):
+    """f(L, N): the mean of 2^-(k-1) over the size k of the first step, of N ancestral ones, that is not empty."""
+    def any_first(L, N):                                              # the sum over k > 0 in the first step alone
+        return 2 * (1 - 0.5 / N) ** L - 2 * (1 - 1 / N) ** L
+
+    def all_steps(L, N):
+        return sum(math.comb(N, j) * 2 ** j * (-1) ** (N - j) * (j / 2 / N) ** L for j in range(N + 1))
+
+    compare(f, [(8, 4), (8, 2), (8, 1), (5, 7)], mean_whole, {
+        "the first step may be empty, and then the next one decides; a step of no tokens is not worth 2^-(0-1) = 2":
+            lambda L, N: 2 * (1 - 0.5 / N) ** L,
+        "you sum over the first step only; where it is empty, the next one decides": any_first,
+        "where the first step is empty, the next one decides, and that one spreads the tokens over fewer steps":
+            lambda L, N: any_first(L, N) / (1 - (1 - 1 / N) ** L),
+        "this is the share at the mean size L/N, not the mean of the shares": lambda L, N: 2.0 ** (1 - L / N),
+        "you let every step break the row; later ones cost nothing": all_steps})
+
+
+def entropy_of(p):
+    return torch.special.entr(p).sum(-1)
+
+
+def check_entropy_of_each(f):
+    """f(p): entropies in nats, p (L, V) -> (L,)."""
+    cases = [(torch.tensor([[0.7, 0.2, 0.1], [0.4, 0.3, 0.3]]),), (torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]),)]
+    compare(f, cases, entropy_of, {
+        "your entropy has its sign swapped": lambda p: -entropy_of(p),
+        "this is in bits, take the natural logarithm": lambda p: entropy_of(p) / math.log(2),
+        "0 log 0 counts as 0 here, not as nan": lambda p: -(p * p.log()).sum(-1),
+        "sum over the letters, the last axis, not over the tokens": lambda p: torch.special.entr(p).sum(0),
+        "sum over the letters of each token, not over everything": lambda p: torch.special.entr(p).sum(),
+        "sum over the letters, do not average": lambda p: torch.special.entr(p).mean(-1),
+        "this is the number of letters it hesitates between, the entropy is its logarithm":
+            lambda p: entropy_of(p).exp()})
+
+
+def surest(score, hidden, k):
+    """Mask of the k hidden tokens with the largest score, or of all hidden ones if there are fewer."""
+    return (score.masked_fill(~hidden, -math.inf).argsort(descending=True).argsort() < k) & hidden
+
+
+def check_surest_tokens(f):
+    """f(p, hidden, k): mask of the k hidden tokens of least entropy; p (L, V), hidden (L,)."""
+    p = torch.tensor([[0.6, 0.2, 0.2], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.4, 0.3, 0.3], [0.55, 0.45, 0.0]])
+    hidden = torch.tensor([True, False, True, True, True])
+    everywhere = torch.ones(5, dtype=torch.bool)
+    compare(f, [(p, hidden, 2), (p, hidden, 1), (p, everywhere, 3), (p, hidden, 5)],
+            lambda p, hidden, k: surest(-entropy_of(p), hidden, k), {
+        "a token that is not hidden can not be revealed": lambda p, hidden, k: surest(-entropy_of(p), everywhere, k),
+        "these are the least sure tokens, the surest have the least entropy":
+            lambda p, hidden, k: surest(entropy_of(p), hidden, k),
+        "this is the order by confidence, the likeliest letter's probability":
+            lambda p, hidden, k: surest(p.amax(-1), hidden, k),
+        "one token too many, k is how many": lambda p, hidden, k: surest(-entropy_of(p), hidden, k + 1),
+        "these are the tokens' numbers, a mask is wanted":
+            lambda p, hidden, k: (-entropy_of(p)).masked_fill(~hidden, -math.inf).topk(k).indices})
+
+
+def check_cosine_counts(f):
+    """f(L, N): how many tokens to reveal at each of N steps, when floor(L cos(pi/2 n/N)) are hidden after step n."""
+    def reveal(L, hidden):
+        return [a - b for a, b in zip([L, *hidden], hidden)]
+
+    def cosine(L, N, rounded=math.floor):
+        return [rounded(L * math.cos(math.pi / 2 * n / N)) for n in range(1, N)] + [0]
+
+    compare(f, [(8, 4), (64, 5), (6, 1), (3, 6)], lambda L, N: reveal(L, cosine(L, N)), {
+        "turned round, few tokens come first and many last": lambda L, N: reveal(L, cosine(L, N))[::-1],
+        "these are the tokens still hidden, the numbers revealed are the differences": cosine,
+        "this is how many are revealed in all, the numbers of each step are the differences":
+            lambda L, N: [L - h for h in cosine(L, N)],
+        "this is a sine, many first; the cosine says what is still hidden":
+            lambda L, N: reveal(L, [math.floor(L * (1 - math.sin(math.pi / 2 * n / N))) for n in range(1, N + 1)]),
+        "equally many at each step, this is the straight line":
+            lambda L, N: reveal(L, [L * (N - n) // N for n in range(1, N + 1)]),
+        "the hidden ones are rounded down, not up": lambda L, N: reveal(L, cosine(L, N, math.ceil)),
+        "the hidden ones are rounded down, not to the nearest": lambda L, N: reveal(L, cosine(L, N, round)),
+        "the last step must reveal all that is left": lambda L, N: reveal(L, cosine(L, N)[:-1]),
+        "N steps from the start, no entry for step 0": lambda L, N: [0, *reveal(L, cosine(L, N))]})
+
+
+def check_hide_again(f):
+    """f(said, given, n): mask of the n tokens of each row drawn with the least probability, but not given ones."""
+    def least(said, n):
+        return said.argsort(dim=1).argsort(dim=1) < n
+
+    said = torch.tensor([[0.9, 0.2, 0.1, 0.7, 0.4], [0.1, 0.28, 0.15, 0.05, 0.18]])
+    given = torch.tensor([[False, False, True, False, False], [True, False, False, False, False]])
+    nothing = torch.zeros_like(given)
+    compare(f, [(said, given, 2), (said, nothing, 2), (said, given, 1)],
+            lambda said, given, n: least(said.masked_fill(given, 2), n), {
+        "given tokens never change": lambda said, given, n: least(said, n),
+        "these are the likeliest, hide what was drawn with the least probability":
+            lambda said, given, n: least((-said).masked_fill(given, 2), n),
+        "n tokens of every row, each row for itself, not n times the rows of the whole batch": lambda said, given, n:
+            least(said.masked_fill(given, 2).view(1, -1), n * len(said)).view(said.shape),
+        "n tokens of every row, not of the whole batch": lambda said, given, n:
+            least(said.masked_fill(given, 2).view(1, -1), n).view(said.shape),
+        "argsort says which token is the k-th, its argsort says which place a token has": lambda said, given, n:
+            said.masked_fill(given, 2).argsort(dim=1) < n})

@@ -1,0 +1,172 @@
+"""Exercises: solutions pass, holes are told apart from errors, and each wrong answer hears what is wrong with it."""
+import ast
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+sys.path.insert(0, str(NOTEBOOKS))
+
+import checks  # noqa: E402
+
+SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("*.ipynb"))
+
+
+def code_cells(path):
+    return [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+
+
+def exercises(path):
+    """{name: source} of the functions that the cells of a notebook with the same name as a check's define."""
+    sources = ["".join(c["source"]) for c in code_cells(path)]
+    found = {m[1]: s for s in sources if (m := re.match(r"def (\w+)\(", s)) and hasattr(checks, "check_" + m[1])}
+    assert len(found) >= 4
+    return found
+
+
+def define(source):
+    names = {"math": math, "torch": torch}
+    exec(source, names)
+    return next(f for name, f in names.items() if hasattr(checks, "check_" + name))
+
+
+@pytest.mark.parametrize("path", SOLUTIONS, ids=lambda p: p.stem)
+def test_solutions_pass_and_holes_are_told(path, capsys):
+    holes, solved = exercises(NOTEBOOKS / path.name), exercises(path)
+    assert holes.keys() == solved.keys()
+    for name in solved:
+        check = getattr(checks, "check_" + name)
+        check(define(solved[name]))
+        assert capsys.readouterr().out == f"{name}: right\n"
+        assert isinstance(ast.parse(holes[name]).body[0].body[-1].value, ast.Constant)      # the hole is `...`
+        with pytest.raises(checks.NotDone, match="not done yet"):
+            check(define(holes[name]))
+        with checks.attempt():
+            check(define(holes[name]))
+        assert capsys.readouterr().out == f"{name}: not done yet\n"
+
+
+@pytest.mark.parametrize("path", SOLUTIONS, ids=lambda p: p.stem)
+def test_solutions_are_committed_as_they_ran(path):
+    cells = code_cells(path)
+    assert [c["execution_count"] for c in cells] == list(range(1, len(cells) + 1))
+    said = ["".join(o["text"]) for c in cells for o in c["outputs"]]
+    assert said == [f"{name}: right\n" for name in exercises(path)]
+    assert "/tmp" not in path.read_text(encoding="utf-8")
+
+
+def all_steps(L, N):
+    """Every step may break the row: by all ways to deal L tokens to N steps, one token after the other."""
+    share = {(0,) * N: 1.0}
+    for _ in range(L):
+        new = {}
+        for sizes, p in share.items():
+            for n in range(N):
+                after = tuple(sorted(s + (i == n) for i, s in enumerate(sizes)))
+                new[after] = new.get(after, 0) + p / N * (0.5 if sizes[n] else 1)
+        share = new
+    return sum(share.values())
+
+
+def binomial(L, N, k):
+    return math.comb(L, k) / N ** k * (1 - 1 / N) ** (L - k)
+
+
+def cosine(L, N, rounded=math.floor):
+    return [rounded(L * math.cos(math.pi * n / (2 * N))) for n in range(N)] + [0]
+
+
+def revealed(hidden):
+    return [a - b for a, b in zip(hidden, hidden[1:])]
+
+
+def least(score, n):
+    return torch.zeros_like(score, dtype=torch.bool).scatter(-1, score.argsort(-1)[..., :n], True)
+
+
+def whole_batch(said, given, n):
+    return least(torch.where(given, 2.0, said).flatten(), n).view(said.shape)
+
+
+def among(p, hidden):
+    return torch.where(hidden, torch.distributions.Categorical(p).entropy(), 9)
+
+
+WRONG = {
+    "whole_rows": [
+        (lambda k: 0.5 ** k, "one factor 1/2 too many"),
+        (lambda k: 1 - 0.5 ** (k - 1), "share of broken rows"),
+        (lambda k: 2 ** (k - 1), "upside down"),
+        (lambda k: 0.1 ** (k - 1), "not 10 letters but 2"),
+        (lambda k: 1 / k, "linear in k"),
+        (lambda k: 0.3, "for 3 it should be 0.25, you return 0.3"),
+        (lambda k: "a half", "a number, a list or a tensor is wanted")],
+    "mean_whole_rows": [
+        (lambda L, N: sum(binomial(L, N, k) * 2.0 ** (1 - k) for k in range(L + 1)), "a step of no tokens"),
+        (lambda L, N: sum(binomial(L, N, k) * 2.0 ** (1 - k) for k in range(1, L + 1)), "sum over the first step only"),
+        (lambda L, N: sum(binomial(L, N, k) * 2.0 ** (1 - k) for k in range(1, L + 1)) / (1 - binomial(L, N, 0)),
+         "spreads the tokens over fewer steps"),
+        (lambda L, N: 0.5 ** (L / N - 1), "share at the mean size"),
+        (all_steps, "later ones cost nothing"),
+        (lambda L, N: 0.5, "for 8, 4 it should be 0.5265, you return 0.5")],
+    "entropy_of_each": [
+        (lambda p: torch.xlogy(p, p).sum(-1), "sign swapped: .* should be .0.8018, 1.089., you return .-0.8018, -1.0"),
+        (lambda p: -torch.xlogy(p, p).sum(-1) / math.log(2), "in bits"),
+        (lambda p: -(p * p.log()).sum(-1), "0 log 0 counts as 0"),
+        (lambda p: -torch.xlogy(p, p).sum(0), "the last axis, not over the tokens"),
+        (lambda p: -torch.xlogy(p, p).sum(), "not over everything"),
+        (lambda p: -torch.xlogy(p, p).mean(-1), "do not average"),
+        (lambda p: (-torch.xlogy(p, p).sum(-1)).exp(), "is its logarithm"),
+        (lambda p: p.amax(-1), "you return .0.7, 0.4."),
+        (lambda p: p, "shape .2,. is wanted, not .2, 3.")],
+    "surest_tokens": [
+        (lambda p, hidden, k: least(torch.distributions.Categorical(p).entropy(), k), "not hidden can not be revealed"),
+        (lambda p, hidden, k: least(torch.where(hidden, -among(p, hidden), 9), k) & hidden, "least sure"),
+        (lambda p, hidden, k: least(torch.where(hidden, -p.amax(-1), 9), k) & hidden, "order by confidence"),
+        (lambda p, hidden, k: least(among(p, hidden), k + 1) & hidden, "one token too many"),
+        (lambda p, hidden, k: among(p, hidden).argsort()[:k], "the tokens' numbers"),
+        (lambda p, hidden, k: least(among(p, hidden), k).long(), "True and False is wanted"),
+        (lambda p, hidden, k: hidden, "you return .True, False, True, True, True.")],
+    "cosine_counts": [
+        (lambda L, N: revealed(cosine(L, N))[::-1], "turned round"),
+        (lambda L, N: cosine(L, N)[1:], "still hidden, the numbers revealed are the differences"),
+        (lambda L, N: [L - h for h in cosine(L, N)[1:]], "revealed in all"),
+        (lambda L, N: revealed([int(L * (1 - math.sin(math.pi * n / (2 * N)))) for n in range(N + 1)]), "a sine"),
+        (lambda L, N: [L // N] * N, "straight line"),
+        (lambda L, N: revealed(cosine(L, N, math.ceil)), "rounded down, not up"),
+        (lambda L, N: revealed(cosine(L, N, round)), "not to the nearest"),
+        (lambda L, N: revealed(cosine(L, N)[:-1]), "last step must reveal all that is left"),
+        (lambda L, N: [0] + revealed(cosine(L, N)), "no entry for step 0"),
+        (lambda L, N: [1, 2, 3, 2], "should be .1, 2, 2, 3., you return .1, 2, 3, 2.")],
+    "hide_again": [
+        (lambda said, given, n: least(said, n), "given tokens never change"),
+        (lambda said, given, n: least(torch.where(given, 2, -said), n), "these are the likeliest"),
+        (lambda said, given, n: whole_batch(said, given, 2 * n), "each row for itself"),
+        (lambda said, given, n: whole_batch(said, given, n), "n tokens of every row, not of the whole batch"),
+        (lambda said, given, n: torch.where(given, 2, said).argsort(1) < n, "its argsort says which place"),
+        (lambda said, given, n: ~given, "for .*you return")],
+}
+
+
+@pytest.mark.parametrize("name, k", [(name, k) for name, wrong in WRONG.items() for k in range(len(wrong))])
+def test_a_wrong_answer_hears_what_is_wrong(name, k):
+    f, message = WRONG[name][k]
+    with pytest.raises(AssertionError, match=message) as e:
+        getattr(checks, "check_" + name)(f)
+    assert not isinstance(e.value, checks.NotDone)
+
+
+def test_every_exercise_has_wrong_answers_that_are_told_apart():
+    assert {"check_" + name for name in WRONG} == {name for name in dir(checks) if name.startswith("check_")}
+    for name, wrong in WRONG.items():
+        said = set()
+        for f, _ in wrong:
+            with pytest.raises(AssertionError) as e:
+                getattr(checks, "check_" + name)(f)
+            said.add(str(e.value).split(", you return")[0])
+        assert len(said) >= len(wrong) - 1 >= 3                       # the last two may differ in what is returned only
