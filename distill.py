@@ -246,7 +246,7 @@ def draw_quality(rows, path):
         ax.set(xlabel="network calls for a text", ylabel=label, xscale="log")
         ax.set_xticks([r["calls"] for r in student], [f"{r['calls']:.0f}" for r in student])
         ax.minorticks_off()
-    axes[1].legend(loc="center")
+    axes[1].legend()
     train_teacher.save_figure(fig, path)
 
 

@@ -772,7 +772,8 @@ def fill(model, z, noise, steps, order, threshold, remask, how):
     past = None
     for k, start in enumerate(range(0, L, b)):
         stop, first = min(start + b, L), b < L             # the first call of a block runs all rows: it fills the cache
-        stretch = (free[:, start:stop].cumsum(1) - 1).clamp(min=0) // N                # of N hidden tokens, for `spread`
+        if order == "spread":
+            stretch = (free[:, start:stop].cumsum(1) - 1).clamp(min=0) // N            # of N hidden tokens, for each token
         for step in range(N + remask):
             redo = max(0, step - N + 1)
             if redo:
@@ -807,7 +808,8 @@ def fill(model, z, noise, steps, order, threshold, remask, how):
 
 def rank(a):
     """Place of each number of a (B, n) in its row, the smallest 0."""
-    return a.argsort(dim=1, stable=True).argsort(dim=1)
+    order = a.argsort(dim=1, stable=True)
+    return torch.empty_like(order).scatter_(1, order, torch.arange(a.size(1), device=a.device).expand_as(order))
 
 
 def generate(model, B, steps=0, given=None, **how):

@@ -456,6 +456,7 @@ def test_bench_compares_models_orders_and_steps(call):
 
 @pytest.mark.parametrize("argv, named", [(f"--bench {TCS}", "--judge"), (f"--bench {TCS} --judge {TCS}", "--judge"),
                                          (f"--bench runs/other --judge {JUDGE}", "--bench runs/other"),
+                                         (f"--bench {AR} --judge {JUDGE} --passages nowhere", "--passages nowhere"),
                                          (f"--bench {AR},nowhere --judge {JUDGE}", "--bench nowhere")])
 def test_bench_refuses(refused, argv, named):
     assert named in refused("sample", argv)
