@@ -307,7 +307,7 @@ def test_many_steps_are_the_random_order_sampler():
     model = random_model(4)
     random_order = (-L * random_orders(model, texts())[1]).exp()
     torch.manual_seed(0)
-    x = dlm.generate(model, 3000, 200)
+    x = dlm.generate(model, 3000, 200, order="ancestral")
     assert chi_square((x @ V ** torch.arange(L - 1, -1, -1)).bincount(minlength=V ** L), random_order) < 1
 
 
@@ -413,7 +413,7 @@ def test_a_row_is_the_same_alone_and_among_others(make, order, b):
 @pytest.mark.parametrize("order", ["random", "confidence"])
 @pytest.mark.parametrize("make", [source, random_model], ids=["source", "Transformer"])
 def test_remasking_follows_its_law(make, order):
-    for b, N, remask in [(4, 1, 1), (4, 2, 1), (2, 2, 2)]:
+    for b, N, remask in [(4, 2, 1), (2, 2, 2)]:
         model = make(b)
         law = law_of_order(model, order, N, remask=remask)
         torch.manual_seed(N)
