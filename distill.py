@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import dlm
 import train_teacher
@@ -27,17 +28,20 @@ METHODS = {  # name: (states, target)
     "prefix": ("data", "prefix"),       # the causal head as target: a biased shortcut
     "tcs": ("data", "topk"),            # target concrete score
     "sdtt": ("data", "sdtt"),           # self-distillation through time: the teacher is the student's earlier self
+    "opdlm": ("rollout", "prefix"),     # on-policy: the student's own text and states, judged by the AR model
 }
-STATES = ("data", "teacher")
+STATES = ("data", "teacher", "rollout")
 TARGETS = ("onehot", *dlm.ESTIMATORS)
 JUDGED = 256        # generated texts a row of the table; their NLL has a standard error of about 0.02 nats per token
 STEPS = (1, 2, 4, 8, 16, 32, 64)
+FLOOR = 0.9         # of held-out text's entropy: what a student writes should not fall below it
 
 
 @dataclass
 class Options:
     method: str = option("tcs", "a pair of states and target", choices=tuple(METHODS))
-    states: str = option("", "data: masked training text; teacher: masked texts by the teacher; empty: the method's",
+    states: str = option("", "data: masked training text; teacher: masked texts by the teacher; rollout: what "
+                         "the student writes and the states on the way; empty: the method's",
                          choices=("", *STATES))
     target: str = option("", "onehot: the text itself; prefix: p_T(x_i|x_<i); exact, topk, grad+topk, grad: TCS "
                          "estimators; empty: the method's", choices=("", *TARGETS))
@@ -55,7 +59,11 @@ class Options:
     texts: int = option(2048, "texts the teacher writes or scores, before training and once; --states data with "
                         "--target onehot needs no teacher and uses every window", at_least=16)
     candidates: int = option(16, "K, tokens whose concrete score topk and grad+topk compute", at_least=1)
-    first: int = option(0, "sdtt: steps a block that the first teacher takes; 0: one a token", at_least=0)
+    order: str = option("spread", "order in which the student will write: rollouts, the table, and sample.py's default",
+                        choices=("random", *dlm.SCORES))
+    whole: float = option(0.0, "share of the steps, the last ones, whose rollouts are whole texts and not single blocks",
+                          at_least=0, at_most=1)
+    first: int = option(0, "steps a block of rollouts, or of sdtt's first teacher; 0: one a token", at_least=0)
     last: int = option(1, "sdtt: steps a block that the last student takes; each round divides them by --k", at_least=1)
     k: int = option(2, "sdtt: steps of the teacher that become one of the student", at_least=2)
     estimators: bool = option(False, "train nothing: compare the estimators of the concrete score at this --block")
@@ -129,54 +137,59 @@ def texts_for(o, states, every, teacher, ids):
 
 
 def make_batch_loss(o, states, target, teacher, itself, ids, val):
-    """The method: a function that draws texts, hides tokens, asks for their targets and returns the one loss; and what
-    chooses the weights to keep, None for the bound. `itself` is the student before training."""
-    b, V = itself.b, teacher.V
-    x_all = texts_for(o, states, target not in dlm.ESTIMATORS, teacher, ids)
-    if target in dlm.ESTIMATORS:
+    """The method: a function that draws texts, and for them states and targets, and returns the one loss; and what chooses
+    the weights to keep, None for the bound. `itself` is the student before training."""
+    b, V, on_policy = itself.b, teacher.V, states == "rollout"
+    x_all = texts_for(o, states, on_policy or target not in dlm.ESTIMATORS, teacher, ids)
+    if target in dlm.ESTIMATORS and not on_policy:
         print(f"the teacher scores {len(x_all)} texts, once", flush=True)
         aims = dlm.tcs(teacher, x_all, b, target, o.candidates)
 
-    def earlier_self(x):
-        z, t = dlm.hide_at(x, b, V, o.last)
-        return z, dlm.sdtt(itself, x, z, t, 1 / o.first, o.k)
-
-    def batch_loss(student):
-        rows = torch.randint(len(x_all), (o.batch_size,), device=ids.device)
-        x = x_all[rows]
+    def states_and_targets(student, x, rows=None, whole=False):
+        """-> x, z (B, L), the target (B, L, V), and with rollouts what the student wrote."""
+        if on_policy:
+            y, z = dlm.rollout(student, x, o.first, o.order, whole)
+            x = y if whole else x
+            if target == "prefix":
+                return x, z, dlm.opdlm(teacher, x, y, b), y
+            return x, z, dlm.dense(*dlm.tcs(teacher, x, b, target, o.candidates, quiet=True), V), y
         if target == "sdtt":
-            z, p = earlier_self(x)
-        else:
-            z = dlm.hide(x, b, V)
-            p = dlm.one_hot(x, z, V) if target == "onehot" else dlm.dense(*(a[rows] for a in aims), V)
+            z, t = dlm.hide_at(x, b, V, o.last)
+            return x, z, dlm.sdtt(itself, x, z, t, 1 / o.first, o.k)
+        z = dlm.hide(x, b, V)
+        return x, z, dlm.one_hot(x, z, V) if target == "onehot" else dlm.dense(*(a[rows] for a in aims), V)
+
+    def batch_loss(student, done):
+        rows = torch.randint(len(x_all), (o.batch_size,), device=ids.device)
+        x, z, p = states_and_targets(student, x_all[rows], rows, done >= 1 - o.whole)[:3]
         return dlm.loss(student, x, z, p, o.divergence)
 
-    if target != "sdtt":
-        return batch_loss, None
-    with dlm.seeded(0):
-        z_val, p_val = earlier_self(val)
-
     @torch.no_grad()
-    def validate(student):
-        return dlm.loss(student, val, z_val, p_val, o.divergence).item()
-
-    return batch_loss, validate
-
-
-def evaluate(model, teacher, judge, text, device, most):
-    """One row for held-out text, one for the AR teacher, the others for the student by order and steps a block, up to
-    `most`. Who finds how many of the last words of held-out passages is in the first row of each."""
-    held = dlm.consecutive(text.parts["test"], model.L, JUDGED).to(device)
-    ways = [("AR teacher", teacher, 1, None), (f"student, {most} steps, ancestral", model, most, "ancestral")]
-    ways += [(f"student, {n} steps, spread", model, n, "spread") for n in STEPS if n <= most]
-    rows, samples = [{"what": "held-out text", **dlm.judge_samples(judge, held, text)}], {}
-    for what, who, n, order in ways:
+    def validate(student, val=val[:64] if on_policy else val):
         with dlm.seeded(0):
-            row, x = dlm.judge_sampling(who, JUDGED, judge, text, steps=n, order=order)
-        rows.append({"what": what, **row})
+            x, z, p, *y = states_and_targets(student, val, whole=o.whole == 1)
+        if y and dlm.entropy(y[0]) < FLOOR * dlm.entropy(val):
+            tqdm.write(f"warning: what the student writes has {dlm.entropy(y[0]):.2f} nats of entropy, held-out text "
+                       f"{dlm.entropy(val):.2f}; try a lower --lr, a lower --whole, or --student from --method plain")
+        return dlm.loss(student, x, z, p, o.divergence).item()
+
+    return batch_loss, validate if on_policy or target == "sdtt" else None
+
+
+def evaluate(model, teacher, judge, text, device, most, order):
+    """One row for held-out text, one for the AR teacher, the others for the student by order and steps a block, up to
+    `most`. Last word: of how many held-out passages it is found, greedily and in as many steps."""
+    held = dlm.consecutive(text.parts["test"], model.L, JUDGED).to(device)
+    ways = [("AR teacher", teacher, {"steps": 1}), (f"student, {most} steps, ancestral", model, {"steps": most, "order": "ancestral"}),
+            ("student, threshold 0.9", model, {"threshold": 0.9})]
+    ways += [(f"student, {n} steps, {order}", model, {"steps": n, "order": order}) for n in STEPS if n <= most]
+    rows, samples = [{"what": "held-out text", **dlm.judge_samples(judge, held, text)}], {}
+    passages = dlm.passages(text)
+    for what, who, way in ways:
+        with dlm.seeded(0):
+            row, x = dlm.judge_sampling(who, JUDGED, judge, text, **way)
+        rows.append({"what": what, **row, "last_word": dlm.last_word_accuracy(who, passages, text.tokenizer, **way)})
         samples[what] = [text.tokenizer.decode(t) for t in x[:4]]
-    for row, who in zip(rows[1:], (teacher, model)):
-        row["last_word"] = dlm.last_word_accuracy(who, dlm.passages(text), text.tokenizer)
     print(f"\n{JUDGED} texts; steps are per block of {model.b}    calls seconds  judge NLL  entropy  bigrams  known words  "
           "last word")
     for r in rows:
@@ -237,10 +250,10 @@ def compare_estimators(o, folder, teacher, student, text):
 
 def draw_quality(rows, path):
     """Judge NLL and entropy against network calls."""
-    student = [r for r in rows[2:] if r["order"] == "spread"]
+    student = rows[4:]                                             # the order that the student will write in
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.2))
     for ax, key, label in zip(axes, ("judge_nll", "entropy"), ("judge NLL, nats per token", "unigram entropy, nats")):
-        ax.plot([r["calls"] for r in student], [r[key] for r in student], "ko-", label="student, spread order")
+        ax.plot([r["calls"] for r in student], [r[key] for r in student], "ko-", label=f"student, {student[0]['order']} order")
         for r, style in zip(rows[:2], (":", "--")):
             ax.axhline(r[key], color="k", linestyle=style, label=r["what"])
         ax.set(xlabel="network calls for a text", ylabel=label, xscale="log")
@@ -288,6 +301,9 @@ def run(o, ckpt):
     states, target = (given or own for given, own in zip((o.states, o.target), METHODS[o.method]))
     if o.divergence == "reverse" and target not in ("prefix", "sdtt"):
         raise UserError("--divergence reverse: infinite where the target is one-hot; use forward, tvd or mse")
+    if states == "rollout" and target != "prefix" and (target == "onehot" or o.whole < 1):
+        raise UserError(f"--target {target}: " + ("a student's own text teaches it nothing; use prefix" if target == "onehot"
+                        else "scored on rollouts of whole texts only; add --whole 1, or use prefix"))
     what = "estimators" if o.estimators else o.method if (states, target) == METHODS[o.method] else f"{states}-{target}"
     folder = train_teacher.folder_of(o, train_teacher.run_name(o, what, f"-b{o.block}"))
     path, teacher, tokenizer, its_options, student = load_models(o, device)
@@ -298,15 +314,22 @@ def run(o, ckpt):
     judge, its_tokenizer, _ = dlm.load(judge_path, "the judge,", device)
     same_vocabulary(f"--teacher {path}", tokenizer, teacher, f"the judge, {judge_path}", its_tokenizer, judge)
     ids = text.parts["train"].to(device)
+    if states == "rollout" and student.L % student.b:
+        raise UserError(f"--block {student.b}: rollouts need one that divides the context of {student.L}")
     before = time.time()                                  # the teacher's part: writing and scoring
     val = dlm.consecutive(text.parts["val"], student.L, 256).to(device)
     batch_loss, validate = make_batch_loss(o, states, target, teacher, copy.deepcopy(student).eval(), ids, val)
     prepared = time.time() - before
+    with dlm.seeded(0), dlm.counting(student) as begin:
+        batch_loss(student, 0.0)
+    with dlm.seeded(0), dlm.counting(student) as end:
+        batch_loss(student, 1.0)
+    tokens = o.steps * ((1 - o.whole) * begin["slots"] + o.whole * end["slots"])
     trainer = train_teacher.fit(o, folder, student, text, batch_loss, o.lr, ckpt, folder.name, validate)
     model = trainer.averaged()
-    rows, samples = evaluate(model, teacher, judge, text, device, min(model.b, o.first or model.b))
+    rows, samples = evaluate(model, teacher, judge, text, device, min(model.b, o.first or model.b), o.order)
     train_teacher.report(o, folder, trainer, model, text, teacher=str(path), states=states, target=target,
-                         teacher_seconds=prepared, table=rows, samples=samples)
+                         teacher_seconds=prepared, student_tokens=tokens, table=rows, samples=samples)
     draw_quality(rows, folder / "quality.png")
     for who in ("AR teacher", rows[-1]["what"]):
         print(f"\n{who}, the first four texts of seed 0:")

@@ -5,7 +5,7 @@ One Transformer is teacher and student; the flag is the block length b. Everythi
     loss = mean over texts of  sum_i w_i * D( target_i || p_student(x_i | z) ),     z = x with some tokens hidden,
 
 and the methods differ only in which states (x, z) they train on and which target they aim at. Sections: text,
-model, exact sources, states and targets, TCS, SDTT, sampler, judging, training, files and command lines.
+model, exact sources, states and targets, TCS, SDTT, OPDLM, sampler, judging, training, files and command lines.
 Notation is the README's: B texts, L tokens, V vocabulary, b block length; all likelihoods in nats per token.
 """
 import argparse
@@ -368,19 +368,34 @@ class Transformer(nn.Module):
     def shift(self, x):
         return F.pad(x[:, :-1], (1, 0), value=self.V)  # (B, L): [MASK] x_0 .. x_{L-2}
 
-    # The next three serve decoding and scoring. Keys and values are kept in tensors made once, with room for all.
+    # The next four serve decoding and scoring. Keys and values are kept in tensors made once, with room for all.
+
+    def restart(self, x, e, b):
+        """AR only: log p(y_i | x before i's block, y_<i in it) (B, L, V), all blocks of b at once, as a second stream.
+
+        e (B, L, d): the embeddings of y. With y = x it is what model(x, x) says."""
+        L = x.size(1)
+        pos = torch.arange(L, device=x.device)
+        clean, old = torch.arange(2 * L, device=x.device) < L, self.embedding(self.shift(x))
+        new = torch.where((pos % b == 0)[:, None], old, F.pad(e[:, :-1], (0, 0, 1, 0)))
+        pos = pos.repeat(2)
+        mask = attends(pos, clean, pos, clean, b) & (pos <= pos[:, None])
+        return self.run(torch.cat([old, new], dim=1), pos, mask)[:, L:]
 
     def decode(self, x, z, start, stop, past):
-        """log p of tokens start..stop-1 (one block), given finished x[:, :start] -> (B, stop-start, V), new past.
+        """log p of tokens start..stop-1, one block or several, z's, given x before each -> (B, stop-start, V), new past.
 
         past: keys, values and how many clean slots of them are done (None at first). Equal to the uncached model(x, z)."""
-        kv, done = past or (self.room(*x.shape) if self.b < x.size(1) else None, 0)
-        pos = torch.arange(stop, device=x.device)
-        clean = pos < (stop if self.b == 1 else start)
-        new = self.shift(x[:, :stop])[:, done:] if self.b == 1 else torch.cat([x[:, done:start], z[:, start:stop]], dim=1)
-        mask = attends(pos[done:], clean[done:], pos, clean, self.b) if done < start else None    # one block sees all
+        b, L = self.b, x.size(1)
+        noisy, n = (z[:, :0], stop) if b == 1 else (z[:, start:stop], (stop - 1) // b * b)       # n clean slots
+        pos = torch.cat([torch.arange(n, device=x.device), torch.arange(start, start + noisy.size(1), device=x.device)])
+        clean = torch.arange(len(pos), device=x.device) < n
+        kv, done = past or (self.room(len(x), max(L, len(pos))) if b < L else None, 0)
+        new = torch.cat([(self.shift(x[:, :n]) if b == 1 else x[:, :n])[:, done:], noisy], dim=1)
+        alone = done >= start and stop - start <= b                                              # one block sees all
+        mask = None if alone else attends(pos[done:], clean[done:], pos, clean, b)
         logp = self.run(self.embedding(new), pos[done:], mask, kv, done)
-        return logp[:, start - stop:], kv and (kv, stop if self.b == 1 else start)
+        return logp[:, start - stop:], kv and (kv, n)
 
     def prefill(self, x):
         """AR only: log p(x_i | x_<i) (B, L, V), and the keys and values that `extend` continues."""
@@ -461,6 +476,12 @@ class HiddenMarkov(nn.Module):
 
     def decode(self, x, z, start, stop, past):
         return self(x, z)[:, start:stop], None
+
+    def restart(self, x, e, b):
+        states = self.filter(self.embedding(x), self.start.expand(len(x), -1))[0][:, ::b].flatten(0, 1)
+        blocks = F.pad(e, (0, 0, 0, -x.size(1) % b)).view(-1, b, self.V)
+        p = (self.filter(blocks, states)[0] @ self.emit).view(len(x), -1, self.V)[:, :x.size(1)]
+        return (p / p.sum(-1, keepdim=True).clamp(min=1e-300)).log()
 
     def prefill(self, x):
         past = self.filter(self.embedding(x), self.start.expand(len(x), -1))[0]
@@ -590,26 +611,12 @@ def suffix_log_prob(teacher, x, past, pos, cand, b, budget=None):
     return out.view(B, M, K)
 
 
-def suffix_gradient(teacher, x, past, b):
-    """∇_{e_i} log p_T(rest of i's block | x_<=i) for every i: (B, L, d). One forward and one backward.
-
-    e_i is token i's embedding where it enters, slot i+1. Each block's tokens but the last are run again as a text that
-    continues the cached, detached prefix: so nothing flows through earlier blocks or a block's first prediction."""
-    B, L = x.shape
-    n, w = -(-L // b), min(b, L) - 1
-    if w == 0:
-        return torch.zeros(B, L, teacher.embedding.weight.size(1), device=x.device, dtype=teacher.embedding.weight.dtype)
-    first = b * torch.arange(n, device=x.device)
-    j = first[:, None] + torch.arange(w, device=x.device)                                # (n, w): inputs of each block
-    inside = j + 1 < L
-    tokens = x[:, j.clamp(max=L - 1)].view(B * n, w)
-    after = x[:, (j + 1).clamp(max=L - 1)].view(B * n, w)
+def suffix_gradient(teacher, x, b):
+    """∇_{e_i} log p_T(rest of i's block | x_<=i) for every i: (B, L, d). One forward and one backward: as each block starts
+    anew in a stream of its own, nothing flows through earlier blocks or a block's first prediction."""
     with torch.enable_grad():
-        e = teacher.embedding(tokens).detach()[:, None].requires_grad_()
-        logp = teacher.extend(e, (first + 1).repeat(B), past, torch.arange(B, device=x.device).repeat_interleave(n))
-        said = logp[:, 0].gather(2, after[..., None])[..., 0] * inside.repeat(B, 1)
-        g = torch.autograd.grad(said.sum(), e)[0].view(B, n, w, -1)
-    return F.pad(g, (0, 0, 0, b - w)).view(B, n * b, -1)[:, :L]
+        e = teacher.embedding(x).detach().requires_grad_()
+        return torch.autograd.grad(teacher.restart(x, e, b).gather(2, x[..., None]).sum(), e)[0]
 
 
 @torch.no_grad()
@@ -625,7 +632,7 @@ def concrete_score(teacher, x, pos, b, by="prefix", K=None, rescore=True):
     rows = torch.arange(B, device=x.device)[:, None]
     score = prior[rows, pos]                                                             # (B, M, V)
     if by == "grad":
-        E, g = teacher.embedding.weight[:teacher.V], suffix_gradient(teacher, x, past, b)[rows, pos]
+        E, g = teacher.embedding.weight[:teacher.V], suffix_gradient(teacher, x, b)[rows, pos]
         score = score + g @ E.T - (g * E[x[rows, pos]]).sum(-1, keepdim=True)
     if not rescore:
         return score.log_softmax(-1)
@@ -637,7 +644,7 @@ def concrete_score(teacher, x, pos, b, by="prefix", K=None, rescore=True):
     return torch.where(missed, torch.where(x_i, 0.0, -math.inf), log_c)
 
 
-def tcs(teacher, x, b, estimator="topk", K=None):
+def tcs(teacher, x, b, estimator="topk", K=None, quiet=False):
     """The targets of TCS at every token of texts x (n, L): candidates v (n, L, K), int32, and c_i(v) (n, L, K).
 
     c_i depends on the text and on b, not on what is hidden, so it is computed once and serves every epoch and noise
@@ -645,7 +652,7 @@ def tcs(teacher, x, b, estimator="topk", K=None):
     how = {**ESTIMATORS[estimator]}
     how["K"] = how["K"] and (K or how["K"])
     v, c, pos = [], [], torch.arange(x.size(1), device=x.device)
-    for rows in tqdm(x.split(16), desc="scoring texts", unit="16 texts", leave=False, disable=None):
+    for rows in tqdm(x.split(16), desc="scoring texts", unit="16 texts", leave=False, disable=quiet or None):
         p = concrete_score(teacher, rows, pos.expand(len(rows), -1), b, **how).exp().float()
         p, candidates = p.topk(min(how["K"] or teacher.V, teacher.V), dim=-1)
         v.append(candidates.int())
@@ -685,6 +692,57 @@ def sdtt(teacher, x, z, t, dt, k=2):
         reveal = hidden & (torch.rand(z.shape, device=z.device) * now < dt)       # at now <= dt: all
         z = torch.where(reveal, draw(p, torch.rand(z.shape, device=z.device)), z)
     return target
+
+
+# ----------------------------------------------------------------------------------------------------------
+# OPDLM: on-policy distillation of an AR model into a diffusion LM
+
+class Blocks:
+    """A model that writes every block of texts x (B, L) behind x's own earlier blocks: to `sample`, B * L/b texts of b."""
+
+    def __init__(self, model, x):
+        self.model, self.x, self.V, self.L, self.b = model, x, model.V, model.b, model.b
+
+    def decode(self, x, z, start, stop, past):
+        logp, past = self.model.decode(self.x, z.view_as(self.x), 0, self.x.size(1), past)
+        return logp.reshape(*z.shape, -1), past
+
+
+@torch.no_grad()
+def rollout(model, x, steps=0, order="spread", whole=False):
+    """States of OPDLM: what the model itself writes, and a moment of its writing. Texts x (B, L) -> y, z (B, L).
+
+    y is from `sample`: each block written behind x's own earlier blocks, all at once; or the `whole` text but a prompt of
+    x, 0 to L-1 tokens long. z is y with tokens still hidden: in each block those of a uniform one of the states that its
+    steps began in."""
+    if order not in ORDERS or order == "ancestral":
+        raise UserError(f"--order {order}: a rollout reveals equally many tokens a step; use one of {', '.join(ORDERS[1:])}")
+    if x.size(1) % model.b:
+        raise UserError(f"--block {model.b}: does not divide the context of {x.size(1)}, as rollouts need")
+    (B, L), b, training, device = x.shape, model.b, model.training, x.device
+    n, N = L // b, steps or b
+    model.eval()
+    if whole:
+        prompt = (spread(B, 1, device) * L).long()
+        z = torch.where(torch.arange(L, device=device) < prompt, x, model.V)
+        states = torch.stack(list(sample(model, z, steps, order)))                 # (n * N + 1, B, L)
+        first = N * torch.arange(n, device=device)                                 # of each block
+    else:
+        z = x.new_full((B * n, b), model.V)
+        states = torch.stack(list(sample(Blocks(model, x), z, steps, order))).view(N + 1, B, L)
+        first = torch.zeros(n, dtype=torch.long, device=device)
+    model.train(training)
+    hidden = (states[0] == model.V).view(B, n, b).sum(-1)                          # (B, n), at the beginning
+    now = first + (spread(B, n, device) * hidden.clamp(max=N)).long().clamp(max=N - 1)
+    return states[-1], states.gather(0, now.repeat_interleave(b, dim=1)[None])[0]
+
+
+@torch.no_grad()
+def opdlm(teacher, x, y, b):
+    """Target of OPDLM: the frozen AR model on the finished rollout, p_T(y_i | x before i's block, y_<i in it). (B, L, V)
+
+    It takes no account of what the student saw right of i: exact at b = 1, a bias beyond (`tcs` has none)."""
+    return teacher.restart(x, teacher.embedding(y), b).exp()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -941,9 +999,9 @@ def passages(text, n=512):
     return [held[:end] for end in ends[::-(-len(ends) // n)]]
 
 
-def last_word_accuracy(model, passages, tokenizer):
+def last_word_accuracy(model, passages, tokenizer, **way):
     """Share of passages whose last word the model finds from what stands before it, of which it sees as much as its context
-    holds. Greedy, the surest token first, told how many tokens to find. In the spirit of LAMBADA (1606.06031)."""
+    holds. Greedy, told how many tokens to find; `way`: steps and order of `sample`. In the spirit of LAMBADA (1606.06031)."""
     right, alike = [], defaultdict(list)
     for p in passages:
         word = re.search(r" ?\w+\W*$", p)
@@ -954,7 +1012,7 @@ def last_word_accuracy(model, passages, tokenizer):
             alike[len(x)].append((x, torch.cat([known, wanted * 0 + model.V])[-model.L:]))
     for pairs in alike.values():
         x, z = (torch.stack(each).to(model.embedding.weight.device) for each in zip(*pairs))
-        right.append((generate(model, len(z), given=z, order="confidence", temperature=0) == x).all(1))
+        right.append((generate(model, len(z), given=z, temperature=0, **way) == x).all(1))
     return torch.cat(right).float().mean().item()
 
 

@@ -37,7 +37,7 @@ class Options:
     steps: int = option(0, "steps a block; 0: one token a step", at_least=0)
     order: str = option("", "which tokens come first: random ones (ancestral: at random times too), the surest by their "
                         "confidence, margin or entropy, or the surest of each stretch of --steps tokens (spread); empty: "
-                        "spread, and with --threshold confidence", choices=("", *dlm.ORDERS))
+                        "what the model was trained for, else spread, and with --threshold confidence", choices=("", *dlm.ORDERS))
     threshold: float = option(0.0, "reveal all that are at least so sure (0 to 1) at once, instead of --steps",
                               at_least=0, at_most=1)
     remask: int = option(0, "further steps a block: each hides as many tokens again as a step revealed, the least likely, or "
@@ -124,7 +124,6 @@ def bench(o, device):
           "(minimum to maximum) of 5, batches of 1 and 32\n"
           f"{'what':<44} {'judge':>6} {'H1':>5} {'H2':>5} {'dist2':>5} {'words':>5} {'last':>5} {'calls':>6} {'batch 1':>22} {'batch 32':>22}")
     for path, model in models:
-        found = dlm.last_word_accuracy(model, passages, tokenizer)
         orders = [o.order] if o.order else dlm.ORDERS if model.b > 1 else [None]
         steps = [o.steps] if o.steps else [n for n in (2 ** k for k in range(11)) if n <= model.b]
         ways = [{"order": order, "steps": n} for order in orders for n in steps]
@@ -135,6 +134,7 @@ def bench(o, device):
         for way in ways:
             with dlm.seeded(o.seed):
                 row = dlm.judge_sampling(model, o.texts, judge, text, **way)[0]
+                found = dlm.last_word_accuracy(model, passages, tokenizer, **way)
                 alone, many = (timed(lambda: dlm.generate(model, B, **way)) for B in (1, 32))
             name = " ".join([Path(path).stem, *(f"{k} {v}" for k, v in way.items() if v and model.b > 1)])
             r = {"what": name, "checkpoint": path, "block": model.b, "last_word": found, **row, "seconds_1": alone,
@@ -230,7 +230,8 @@ def main(argv=None):
     if o.bench:
         return bench(o, device)
     path = Path(o.checkpoint) if o.checkpoint else newest()
-    model, tokenizer, _ = dlm.load(path, "--checkpoint", device)
+    model, tokenizer, ckpt = dlm.load(path, "--checkpoint", device)
+    o.order = o.order or ("confidence" if o.threshold else ckpt["options"].get("order", ""))
     if o.correct:
         return show_corrections(o, model, tokenizer, device)
     z = read_prompt(o, model, tokenizer).to(device).expand(o.number, -1)

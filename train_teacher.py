@@ -78,8 +78,8 @@ def resumed(o, argv):
 
 
 def fit(o, folder, model, text, batch_loss, lr, ckpt, name, validate=None):
-    """Trains `model` into `folder` -> the Trainer. batch_loss(student) draws a batch and returns its loss; validate(model)
-    chooses the weights to keep: by the bound on validation text, unless another is given."""
+    """Trains `model` into `folder` -> the Trainer. batch_loss(student, share of the steps done) draws a batch and returns its
+    loss; validate(model) chooses the weights to keep: by the bound on validation text, unless another is given."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -101,7 +101,7 @@ def fit(o, folder, model, text, batch_loss, lr, ckpt, name, validate=None):
     kind = "AR, b = 1" if model.b == 1 else f"diffusion, b = {model.b}"
     print(f"{name}: {n / 1e6:.2f} M parameters ({kind}), {o.steps - trainer.step} steps of {o.batch_size} x {model.L} "
           f"tokens of {o.data} on {device.type}, into {folder}", flush=True)
-    trainer.fit(lambda: batch_loss(student), validate, save, name)
+    trainer.fit(lambda: batch_loss(student, trainer.step / trainer.steps), validate, save, name)
     return trainer
 
 
@@ -147,7 +147,7 @@ def train(o, ckpt=None):
     model = dlm.Transformer(dlm.Config(text.tokenizer.V, o.context, b, o.n_layer, o.n_head, o.n_embd, o.dropout)).to(device)
     ids = text.parts["train"].to(device)
 
-    def batch_loss(student):
+    def batch_loss(student, _):
         x = dlm.windows(ids, o.batch_size, o.context)
         z = dlm.hide(x, b, model.V)
         return dlm.loss(student, x, z, dlm.one_hot(x, z, model.V))

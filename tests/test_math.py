@@ -704,6 +704,11 @@ class AffineTeacher(nn.Module):
         e = self.embedding(x)
         return self.base + self.terms(e).sum(1), e
 
+    def restart(self, x, e, b):
+        i, j = torch.arange(L)[:, None], torch.arange(L)
+        own = (i // b == j // b)[None, :, :, None]
+        return self.base + torch.where(own, self.terms(e), self.terms(self.embedding(x))).sum(1)
+
     def extend(self, e, start, past, rows):
         out = []
         for r, s in enumerate(start.tolist()):   # a test's oracle may loop
@@ -726,7 +731,7 @@ def test_gradient_score_is_exact_where_the_suffix_is_affine(b):
 def test_gradient_by_finite_differences(b):
     """∇_{e_i} log p_T(rest of i's block), each token's embedding nudged in turn, with all else as it is."""
     model, x = random_model(1), texts()[[7, 50]]
-    g = dlm.suffix_gradient(model, x, model.prefill(x)[1], b)
+    g = dlm.suffix_gradient(model, x, b)
     for i in range(L):
         for d in range(3):
             change = []
@@ -901,6 +906,122 @@ def test_sdtt_steps_fall_at_t_and_t_minus_dt():
         asked.clear()
         dlm.sdtt(Watched(), x, torch.full_like(x, MASK), torch.full(x.shape, t), dt, k=3)
         assert asked == pytest.approx(left, abs=0.01)
+
+
+# --- OPDLM -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("b", [1, 2, 3, 4])
+@pytest.mark.parametrize("make", [source, random_model], ids=["source", "Transformer"])
+def test_on_policy_target_is_the_prefix_conditional_of_the_rollout(make, b):
+    """For every x and another y: as if each block of y alone stood behind x, scored by itself; and summed from the joint."""
+    teacher, x = make(1), texts()
+    y = x[torch.randperm(V ** L, generator=torch.Generator().manual_seed(0))]
+    p = dlm.opdlm(teacher, x, y, b)
+    log_p = teacher(x, x).gather(2, x[..., None]).sum((1, 2)).detach()
+    assert not p.requires_grad
+    for block in blocks(L, b):
+        whole = torch.cat([x[:, :block[0]], y[:, block[0]:]], dim=1)
+        torch.testing.assert_close(p[:, block], teacher(whole, whole).exp()[:, block])
+        for i in block:
+            torch.testing.assert_close(p[:, i], true_conditional(log_p, i, range(i), whole).detach())
+
+
+def writings(model, order, z, start, stop):
+    """Every way to fill z (a tuple) from start to stop, one token a step: (text, states at each step, probability)."""
+    if start == stop:
+        return [(z, [], 1.0)]
+    block = range(start, start + model.b)
+    hidden = [i for i in block if z[i] == MASK]
+    if not hidden:
+        return [(y, [{z[start:block[-1] + 1]}] + states, q) for y, states, q in writings(model, order, z, block[-1] + 1, stop)]
+    p = model(torch.tensor([z]), torch.tensor([z])).exp()[0].detach()
+    sure = {"confidence": lambda i: p[i].max(), "spread": lambda i: (p[i] * p[i].log()).sum()}[order]
+    i, out = max(hidden, key=sure), []
+    for v in range(V):
+        after = z[:i] + (v,) + z[i + 1:]
+        rest = writings(model, order, after, start if len(hidden) > 1 else block[-1] + 1, stop)
+        for y, states, q in rest:
+            here = [{z[start:block[-1] + 1]} | states[0], *states[1:]] if len(hidden) > 1 else [{z[start:block[-1] + 1]}, *states]
+            out.append((y, here, q * p[i, v].item()))
+    return out
+
+
+def by_cells(ways):
+    """-> {(text, a state of each block): probability}, each block's state uniform among its own."""
+    law = collections.Counter()
+    for y, states, q in ways:
+        for z in itertools.product(*states):
+            law[y + sum(z, ())] += q / math.prod(map(len, states))
+    return law
+
+
+def agree(cells, law):
+    counts = collections.Counter(map(tuple, cells.tolist()))
+    assert counts.keys() <= law.keys() and sum(law.values()) == pytest.approx(1)
+    return chi_square(torch.tensor([counts[c] for c in law]), torch.tensor(list(law.values()))) < 1
+
+
+@pytest.mark.parametrize("order", ["confidence", "spread"])
+@pytest.mark.parametrize("make, b", [(source, 2), (source, 4), (random_model, 2)], ids=["2", "4", "Transformer"])
+def test_rollouts_follow_the_samplers_law(make, order, b):
+    """What is written and the states on the way, jointly: every block behind the real text; and whole texts after prompts of
+    0 to L-1 tokens."""
+    model, many, real = make(b), 20000, (1, 0, 2, 0)
+    x = torch.tensor([real]).expand(many, -1)
+    torch.manual_seed(b)
+    y, z = dlm.rollout(model, x, order=order)
+    for block in blocks(L, b)[make is random_model:]:   # its first block has ties: [MASK] beside [MASK], and no positions
+        given = real[:block[0]] + (MASK,) * b
+        law = by_cells((t[block[0]:], states, q) for t, states, q in
+                      writings(model, order, given, block[0], block[-1] + 1))
+        assert agree(torch.cat([y[:, block], z[:, block]], dim=1), law)
+    if make is random_model:
+        return
+    y, z = dlm.rollout(model, x[:5000], order=order, whole=True)
+    law = collections.Counter()
+    for n in range(L):
+        for cell, q in by_cells(writings(model, order, real[:n] + (MASK,) * (L - n), 0, L)).items():
+            law[cell] += q / L
+    assert agree(torch.cat([y, z], dim=1), law)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("order", ["random", *dlm.SCORES])
+def test_rollout_states_are_those_of_the_steps(order, whole):
+    """In N steps a block, z has 0, 1 .. N-1 steps' tokens in equal shares, and all of them are y's."""
+    model = random_model(8, L=16, dtype=torch.float32).train()
+    x = torch.randint(V, (400, 16))
+    for N in (1, 2, 4, 8):
+        y, z = dlm.rollout(model, x, N, order, whole)
+        assert (y < MASK).all() and ((z == y) | (z == MASK)).all()
+        if not whole:
+            seen = (z < MASK).view(-1, 8).sum(1)
+            assert seen.bincount().nonzero()[:, 0].tolist() == list(range(0, 8, 8 // N))
+            assert (seen.bincount()[::8 // N] == 800 // N).all()
+        else:                                  # a block of which something was hidden is not finished
+            touched = (y != x).view(-1, 8).any(1)
+            assert (z == MASK).view(-1, 8).any(1)[touched].all()
+            assert torch.equal((z < MASK).all(1), torch.zeros(400, dtype=torch.bool))
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_blocks_at_once_are_blocks_one_by_one():
+    model, x = random_model(4, L=16), torch.randint(V, (5, 16))
+    noise = torch.rand(5, 16, 2, dtype=torch.float64)
+    for order in ("random", *dlm.SCORES):
+        at_once = list(dlm.sample(dlm.Blocks(model, x), torch.full((20, 4), MASK), 2, order, noise=noise.view(20, 4, 2)))
+        for start in range(4, 16, 4):          # in the first block all are equally sure
+            z = torch.where(torch.arange(16) < start, x, MASK)
+            alone = [t[:, start:start + 4] for t in dlm.sample(model, z, 2, order, noise=noise)]
+            alone = alone[1 + start // 2:][:2]
+            assert all(torch.equal(a.view(5, 16)[:, start:start + 4], b) for a, b in zip(at_once[1:], alone))
+
+
+def test_rollouts_refuse_what_they_cannot():
+    x = texts()
+    for model, order in [(random_model(3), "spread"), (random_model(4), "ancestral"), (random_model(4), "nonsense")]:
+        with pytest.raises(dlm.UserError):
+            dlm.rollout(model, x, order=order)
 
 
 # --- optimiser ---------------------------------------------------------------------------------------------
