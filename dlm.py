@@ -282,7 +282,8 @@ def attends(pos_q, clean_q, pos_k, clean_k, b):
 
 
 def norm(h):
-    return F.rms_norm(h, (h.size(-1),))
+    """RMSNorm (1910.07467) without a gain, in three operations where F.rms_norm takes twenty."""
+    return h * (h.size(-1) ** 0.5 / torch.linalg.vector_norm(h, dim=-1, keepdim=True))
 
 
 def rotate(x, rope):
