@@ -120,12 +120,6 @@ def split_corpus(name):
     return {"val": "".join(chunks[:n]), "test": "".join(chunks[n:2 * n]), "train": "".join(chunks[2 * n:])}
 
 
-def overlap(train, held, n=64):
-    """Share of the n-character windows of `held` that stand verbatim in `train`."""
-    seen = {train[i:i + n] for i in range(len(train) - n + 1)}
-    return sum(held[i:i + n] in seen for i in range(len(held) - n + 1)) / max(1, len(held) - n + 1)
-
-
 WORDS = r" ?\w+| ?[^\s\w]+|\s+"  # how BPE cuts text before it merges: no token spans two words
 
 
