@@ -1,8 +1,11 @@
 """Checks of the notebooks' exercises. Each says what is wrong, not only that something is; an open hole is no error."""
 import contextlib
+import functools
 import math
 
 import torch
+
+import dlm
 
 
 class NotDone(AssertionError):
@@ -175,3 +178,134 @@ def check_hide_again(f):
             least(said.masked_fill(given, 2).view(1, -1), n).view(said.shape),
         "argsort says which token is the k-th, its argsort says which place a token has": lambda said, given, n:
             said.masked_fill(given, 2).argsort(dim=1) < n})
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 5_opdlm
+
+def check_opdlm_target(f):
+    """f(teacher, x, y, b): OPDLM's target at the tokens of y, each block of which stands behind x's: (1, L, V)."""
+    teacher = dlm.HiddenMarkov.markov(3, 4, seed=1, sharp=1.5)
+
+    def right(x, y, b, say=lambda text: teacher(text, text)):
+        rows = []
+        for i in range(x.size(1)):
+            text = torch.cat([x[:, :i // b * b], y[:, i // b * b:]], 1)
+            rows.append(say(text).exp()[:, i])
+        return torch.stack(rows, 1)
+
+    def late(x, y, b):                                                # p(next | y_<=i)
+        return torch.cat([right(x, y, b)[:, 1:], right(x, y, b)[:, -1:]], 1)
+
+    def early(x, y, b):
+        return torch.cat([right(x, y, b)[:, :1], right(x, y, b)[:, :-1]], 1)
+
+    x, y = torch.tensor([[0, 1, 2, 0]]), torch.tensor([[2, 2, 1, 1]])
+    compare(functools.wraps(f)(lambda *case: f(teacher, *case)), [(x, y, 2), (x, y, 4), (y, x, 2), (x, y, 1)], right, {
+        "this grades the real text x, the student wrote y": lambda x, y, b: teacher(x, x).exp(),
+        "each block of y stands behind the earlier blocks of x, not behind y's own": lambda x, y, b: teacher(y, y).exp(),
+        "these are logarithms, the target is probabilities": lambda x, y, b: right(x, y, b).log(),
+        "off by one, you conditioned on y_<=i: row i is about y_i, given what is left of it": late,
+        "off by one, you left out the token just before i": early,
+        "this is the target of TCS, which knows what stands right of i; OPDLM's does not": lambda x, y, b:
+            right(x, y, b, lambda text: dlm.concrete_score(teacher, text, torch.arange(4)[None], b)),
+        "keep the first axis, (1, L, V)": lambda x, y, b: right(x, y, b)[0]})
+
+
+def check_pick_states(f):
+    """f(states): of each of R blocks a uniform one of the N states before the last. states (N+1, R, b) -> (R, b)."""
+    N, R, V = 4, 4000, 3
+    g = torch.Generator().manual_seed(0)
+    y, when = torch.randint(V, (R, N), generator=g), torch.rand(R, N, generator=g).argsort(1)
+    states = torch.stack([torch.where(when < n, y, V) for n in range(N + 1)])
+    z = f(states)
+    if z is None or z is ...:
+        raise NotDone(f"{f.__name__}: not done yet")
+
+    def wrong(what):
+        raise AssertionError(f"{f.__name__}: {what}")
+
+    if not isinstance(z, torch.Tensor) or z.shape != (R, N):
+        shape = tuple(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__
+        wrong(f"one state for each block is wanted, a tensor {(R, N)}, not {shape}")
+    n = (z < V).sum(1)
+    each = n.bincount(minlength=N + 1)
+    share = ", ".join(f"{k} seen: {c / R:.2f}" for k, c in enumerate(each.tolist()))
+    if not torch.equal(z, states[n, torch.arange(R)]):
+        if all(bool((z[r] == states[:, r]).any(0).all()) for r in range(R)):
+            wrong("you picked a moment for each token; one for the whole block, or the state is none the sampler was in")
+        if bool((z.view(-1, N)[:, None] == states[:, :1].transpose(0, 1)).all(2).any(1).all()):
+            wrong("these are all states of the first block; block r's state is one of states[:, r]")
+        wrong("these are not states of the blocks they stand for: row r is one of states[:, r]")
+    if each[N] == R:
+        wrong("you return the finished texts, nothing is left to learn there")
+    if each.max() == R:
+        first = each[0] == R
+        wrong("always the first state, where nothing is seen; any step alike" if first else
+              f"the same step for every block, {int(each.argmax())} seen; a step for each block")
+    if each[N]:
+        wrong(f"the finished state is among them, no step begins in it: {share}")
+    if each[0] == 0:
+        wrong(f"the first state, where all is hidden, is missing: a step began there too: {share}")
+    if (each[:N] - R / N).abs().max() > 0.03 * R:
+        wrong(f"every step alike, each share should be {1 / N:.2f}: {share}")
+    print(f"{f.__name__}: right")
+
+
+def check_target_and_truth(f):
+    """f(start, trans, v): what OPDLM's target says of x_0 when x_1 = v is seen, and the truth: (2, V)."""
+    start = torch.tensor([0.5, 0.3, 0.2])
+    trans = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.25, 0.25, 0.5]])
+
+    def rows(target, truth):
+        return lambda start, trans, v: torch.stack([target(start, trans, v), truth(start, trans, v)])
+
+    def prior(s, t, v):
+        return s
+
+    def posterior(s, t, v):
+        return s * t[:, v] / (s * t[:, v]).sum()
+
+    compare(f, [(start, trans, 0), (start, trans, 2)], rows(prior, posterior), {
+        "the other way round, row 0 is the target": rows(posterior, prior),
+        "the target does not know x_1, it is the same for every v": rows(posterior, posterior),
+        "the truth does know x_1": rows(prior, prior),
+        "row 1 does not add up to 1, divide by p(x_1 = v)": rows(prior, lambda s, t, v: s * t[:, v]),
+        "trans[v] is what comes after v; what can come before it stands in a column": rows(prior, lambda s, t, v: t[v]),
+        "trans[v] is what comes after v, what can come before it stands in a column":
+            rows(prior, lambda s, t, v: s * t[v] / (s * t[v]).sum()),
+        "you forgot how likely each x_0 was before x_1 was seen":
+            rows(prior, lambda s, t, v: t[:, v] / t[:, v].sum())})
+
+
+def check_weight_after(f):
+    """f(w, n): chance that the first letter written is the first mode's, after one round of OPDLM on `branch`."""
+    compare(f, [(0.9, 3), (0.9, 1), (0.2, 7), (0.5, 2)], lambda w, n: 0.5 / n + w * (n - 1) / n, {
+        "nothing moved, that is TCS; the leftmost hidden letter is told 0.5": lambda w, n: w,
+        "0.5 is where it ends; after one round only the leftmost hidden letter is told 0.5": lambda w, n: 0.5,
+        "turned round, one letter of n is told 0.5 and n - 1 are told w": lambda w, n: w / n + 0.5 * (n - 1) / n,
+        "you counted the given letter too, n are hidden": lambda w, n: 0.5 / (n + 1) + w * n / (n + 1),
+        "half way, whatever n; the leftmost letter comes first in one order of n": lambda w, n: (w + 0.5) / 2,
+        "this is the change, add it to w": lambda w, n: (0.5 - w) / n})
+
+
+def check_tokens_of_an_update(f):
+    """f(L, b): tokens that the student's network runs for one text, [in a plain update, in one of OPDLM]."""
+    def answer(clean, writing):
+        return lambda L, b: [clean(L, b) + L, clean(L, b) + L + writing(L, b)]
+
+    def earlier(L, b):
+        return L - b
+
+    def none(L, b):
+        return 0
+
+    compare(f, [(32, 4), (16, 16), (12, 2)], answer(earlier, lambda L, b: L - b + b * L), {
+        "you forgot the clean tokens": answer(none, lambda L, b: b * L),
+        "you forgot the clean tokens that the student reads while it writes": answer(earlier, lambda L, b: b * L),
+        "the last block is nobody's earlier block": answer(lambda L, b: L, lambda L, b: L + b * L),
+        "clean tokens are run once while writing, then kept": answer(earlier, lambda L, b: b * (L - b + L)),
+        "you counted the writing, the update itself comes on top":
+            lambda L, b: [L - b + L, L - b + b * L],
+        "all blocks are written at once, in b steps, not in L": answer(earlier, lambda L, b: L - b + L * L),
+        "writing costs nothing in your count": answer(earlier, none)})

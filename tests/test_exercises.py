@@ -13,6 +13,7 @@ NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 sys.path.insert(0, str(NOTEBOOKS))
 
 import checks  # noqa: E402
+import dlm  # noqa: E402
 
 SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("*.ipynb"))
 
@@ -97,6 +98,23 @@ def among(p, hidden):
     return torch.where(hidden, torch.distributions.Categorical(p).entropy(), 9)
 
 
+def behind(x, y, b, say):
+    """say(text) (1, L, V) at each block of y behind x's earlier ones."""
+    return torch.cat([say(torch.cat([x[:, :k], y[:, k:]], 1))[:, k:k + b] for k in range(0, x.size(1), b)], 1)
+
+
+def masked_at(source, text, b):
+    """p(x_i | x_<i, rest of the block), one hidden token after the other."""
+    source.b = b
+    out = [source(text, torch.where(torch.arange(text.size(1)) == i, source.V, text)).exp()[:, i] for i in range(text.size(1))]
+    source.b = 1
+    return torch.stack(out, 1)
+
+
+def moment(states, when):
+    return states[when.expand(states.size(1)), torch.arange(states.size(1))]
+
+
 WRONG = {
     "whole_rows": [
         (lambda k: 0.5 ** k, "one factor 1/2 too many"),
@@ -150,6 +168,53 @@ WRONG = {
         (lambda said, given, n: whole_batch(said, given, n), "n tokens of every row, not of the whole batch"),
         (lambda said, given, n: torch.where(given, 2, said).argsort(1) < n, "its argsort says which place"),
         (lambda said, given, n: ~given, "for .*you return")],
+    "opdlm_target": [
+        (lambda teacher, x, y, b: teacher(x, x).exp(), "grades the real text x"),
+        (lambda teacher, x, y, b: teacher(y, y).exp(), "not behind y's own"),
+        (lambda teacher, x, y, b: behind(x, y, b, lambda t: teacher(t, t)), "these are logarithms"),
+        (lambda teacher, x, y, b: dlm.opdlm(teacher, x, y, b)[:, [1, 2, 3, 3]],
+         "conditioned on y_<=i.*it should be .*0.51.*you return .*0.2672"),
+        (lambda teacher, x, y, b: dlm.opdlm(teacher, x, y, b)[:, [0, 0, 1, 2]], "left out the token just before"),
+        (lambda teacher, x, y, b: behind(x, y, b, lambda t: masked_at(teacher, t, b)), "target of TCS"),
+        (lambda teacher, x, y, b: dlm.opdlm(teacher, x, y, b)[0], "keep the first axis"),
+        (lambda teacher, x, y, b: torch.full((1, 4, 3), 1 / 3), "it should be .*you return")],
+    "pick_states": [
+        (lambda s: s[-1], "finished texts"),
+        (lambda s: moment(s, torch.randint(len(s), s[0, :, 0].shape)), "the finished state is among them"),
+        (lambda s: moment(s, torch.randint(1, len(s) - 1, s[0, :, 0].shape)), "the first state, .* is missing"),
+        (lambda s: s[0], "always the first"),
+        (lambda s: s[2], "the same step for every block, 2 seen"),
+        (lambda s: moment(s, (torch.rand(s.size(1)) ** 2 * (len(s) - 1)).long()), "should be 0.25: 0 seen: 0.[45]"),
+        (lambda s: s.gather(0, torch.randint(len(s) - 1, s[:1].shape))[0], "a moment for each token"),
+        (lambda s: s[torch.randint(len(s) - 1, s[0, :, 0].shape), 0], "states of the first block"),
+        (lambda s: s[:-1], "one state for each block is wanted"),
+        (lambda s: s[0].flip(0) * 0, "not states of the blocks")],
+    "target_and_truth": [
+        (lambda start, trans, v: torch.stack([start * trans[:, v] / (start @ trans)[v], start]), "the other way round"),
+        (lambda start, trans, v: (start * trans[:, v] / (start @ trans)[v]).expand(2, -1), "the same for every v"),
+        (lambda start, trans, v: start.expand(2, -1), "the truth does know"),
+        (lambda start, trans, v: torch.stack([start, start * trans[:, v]]), "does not add up to 1"),
+        (lambda start, trans, v: torch.stack([start, trans[v]]), "stands in a column"),
+        (lambda start, trans, v: torch.stack([start, start * trans[v] / (start @ trans[v])]), "stands in a column"),
+        (lambda start, trans, v: torch.stack([start, trans[:, v] / trans[:, v].sum()]), "how likely each x_0 was"),
+        (lambda start, trans, v: trans[:2], "you return")],
+    "weight_after": [
+        (lambda w, n: w, "that is TCS"),
+        (lambda w, n: 0.5, "0.5 is where it ends"),
+        (lambda w, n: 0.5 + (w - 0.5) / n, "turned round"),
+        (lambda w, n: w + (0.5 - w) / (n + 1), "counted the given letter"),
+        (lambda w, n: (w + 0.5) / 2, "half way"),
+        (lambda w, n: (0.5 - w) / n, "this is the change"),
+        (lambda w, n: 0.3, "for 0.9, 3 it should be 0.7667, you return 0.3")],
+    "tokens_of_an_update": [
+        (lambda L, b: [L, L + b * L], "forgot the clean tokens:"),
+        (lambda L, b: [2 * L - b, 2 * L - b + b * L], "reads while it writes"),
+        (lambda L, b: [2 * L, 3 * L + b * L], "nobody's earlier block"),
+        (lambda L, b: [2 * L - b, (b + 1) * (2 * L - b)], "run once while writing"),
+        (lambda L, b: [2 * L - b, L - b + b * L], "the update itself comes on top"),
+        (lambda L, b: [2 * L - b, 3 * L - 2 * b + L * L], "in b steps, not in L"),
+        (lambda L, b: [2 * L - b, 2 * L - b], "writing costs nothing"),
+        (lambda L, b: [1, 2], "for 32, 4 it should be .60, 216., you return .1, 2.")],
 }
 
 
