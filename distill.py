@@ -199,6 +199,17 @@ def evaluate(model, teacher, judge, text, device, most, order):
     return rows, samples
 
 
+@torch.no_grad()
+def inference_gap(student, teacher, x):
+    """KL from what the AR teacher says of the next token to what the student says, nats per token: on the states the
+    student visits when it writes blocks behind texts x (n, L), and on random masks of x."""
+    b = student.b
+    with dlm.seeded(0):
+        y, z = dlm.rollout(student, x)
+        visited = dlm.loss(student, x, z, dlm.opdlm(teacher, x, y, b)).item()
+        return visited, dlm.loss(student, x, dlm.hide(x, b, student.V), dlm.opdlm(teacher, x, x, b)).item()
+
+
 def gradient_variance(student, x, z, p):
     """Trace of the covariance of one text's gradient over texts x (n, L), at states z with targets p (n, L, V)."""
     def gradient(*text):
@@ -328,7 +339,11 @@ def run(o, ckpt):
     trainer = train_teacher.fit(o, folder, student, text, batch_loss, o.lr, ckpt, folder.name, validate)
     model = trainer.averaged()
     rows, samples = evaluate(model, teacher, judge, text, device, min(model.b, o.first or model.b), o.order)
-    train_teacher.report(o, folder, trainer, model, text, teacher=str(path), states=states, target=target,
+    gap = None if model.L % model.b else inference_gap(model, teacher, dlm.consecutive(text.parts["test"], model.L, 64).to(device))
+    if gap:
+        print(f"\nKL from the AR teacher: {gap[0]:.3f} nats per token on states that the student visits, {gap[1]:.3f} on "
+              "random masks")
+    train_teacher.report(o, folder, trainer, model, text, teacher=str(path), states=states, target=target, gap=gap,
                          teacher_seconds=prepared, student_tokens=tokens, table=rows, samples=samples)
     draw_quality(rows, folder / "quality.png")
     for who in ("AR teacher", rows[-1]["what"]):

@@ -736,7 +736,8 @@ def rollout(model, x, steps=0, order="spread", whole=False):
 def opdlm(teacher, x, y, b):
     """Target of OPDLM: the frozen AR model on the finished rollout, p_T(y_i | x before i's block, y_<i in it). (B, L, V)
 
-    It takes no account of what the student saw right of i: exact at b = 1, a bias beyond (`tcs` has none)."""
+    It takes no account of what the student saw right of i in the block: a bias that `tcs` has not, and that grows with b;
+    none where nothing is seen there, as at b = 1."""
     return teacher.restart(x, teacher.embedding(y), b).exp()
 
 

@@ -255,6 +255,8 @@ def test_every_kind_of_student_trains_and_writes(call, monkeypatch, argv):
     code, _, err = call("distill", f"{TEXT} --steps 2 --batch_size 4 --block 4 --texts 64 --out run {argv}")
     assert (code, err) == (0, "")
     assert torch.tensor([r["judge_nll"] for r in metrics("run")["table"]]).isfinite().all()
+    gap = metrics("run")["gap"]
+    assert gap is None if "--block 5" in argv else len(gap) == 2 and torch.tensor(gap).isfinite().all()
     code, out, _ = call("sample", "--checkpoint run --number 3")
     assert code == 0 and [len(t) for t in texts(out)] == [16] * 3
 
@@ -582,6 +584,13 @@ def test_the_order_a_student_was_trained_for_is_the_one_it_writes_in(call, monke
     for argv, order in [("", "confidence"), ("--order random", "random"), ("--threshold 0.5", "confidence")]:
         assert call("sample", f"--checkpoint run {argv}")[0] == 0 and asked.pop() == order
     assert call("sample", f"--checkpoint {TCS}")[0] == 0 and asked.pop() == "spread"
+
+
+def test_the_gap_between_a_model_and_itself_is_none(world):
+    teacher, other = (dlm.load(world / run, "")[0] for run in (AR, JUDGE))
+    x = torch.randint(teacher.V, (8, 16))
+    assert distill.inference_gap(teacher, teacher, x) == pytest.approx((0, 0), abs=1e-6)
+    assert min(distill.inference_gap(other, teacher, x)) > 1e-3
 
 
 def test_student_tokens_are_counted(call, monkeypatch):
