@@ -60,7 +60,7 @@ class Options:
                         "--target onehot needs no teacher and uses every window", at_least=16)
     candidates: int = option(16, "K, tokens whose concrete score topk and grad+topk compute", at_least=1)
     order: str = option("spread", "order in which the student will write: rollouts, the table, and sample.py's default",
-                        choices=("random", *dlm.SCORES))
+                        choices=dlm.ORDERS[1:])
     whole: float = option(0.0, "share of the steps, the last ones, whose rollouts are whole texts and not single blocks",
                           at_least=0, at_most=1)
     first: int = option(0, "steps a block of rollouts, or of sdtt's first teacher; 0: one a token", at_least=0)

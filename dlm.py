@@ -775,7 +775,8 @@ def sureness(logp, kind):
 
 
 SCORES = ("confidence", "margin", "entropy", "spread")             # orders that ask the network
-ORDERS = ("ancestral", "random", *SCORES)
+CHANCE = ("ancestral", "random")
+ORDERS = (*CHANCE, "left", *SCORES)
 
 
 @torch.no_grad()
@@ -784,13 +785,13 @@ def sample(model, z, steps=0, order=None, threshold=0.0, remask=0, noise=None, *
 
     A step reveals some tokens, all drawn in parallel from their own marginals (`warp(**how)`). How many: equally many
     a step; with a threshold all that are at least so sure, but one or more, in as many steps as it takes; ancestral:
-    each at a uniform one of the steps, in other words with probability (t-s)/t. Which: `random` ones (and ancestral), or
-    the surest first by the probability of the likeliest token (`confidence`), its lead over the second (`margin`), or
+    each at a uniform one of the steps, in other words with probability (t-s)/t. Which: `random` ones (and ancestral), from
+    `left` to right, or the surest first by the probability of the likeliest token (`confidence`), its lead over the second (`margin`), or
     the `entropy`; or the lowest entropy in each stretch of `steps` hidden tokens (`spread`): what is drawn together then
     stands apart. Given tokens never change; those right of a block are seen only at b = L. An AR model has blocks of one
     token: ordinary generation. steps 0: one token a step. `remask` steps more, when a block is full, hide as many tokens
-    again as one step revealed and draw them anew: those drawn with the least probability, or with the orders that do not
-    ask the network, random ones. noise (B, T, 2 + 2 remask): uniforms, so that a row can be had again. Beyond the model's
+    again as one step revealed and draw them anew: those drawn with the least probability, or with random orders
+    random ones. noise (B, T, 2 + 2 remask): uniforms, so that a row can be had again. Beyond the model's
     context the text goes on in windows, each of which sees the last half context before it."""
     order = order or ("confidence" if threshold else "spread")
     if order not in ORDERS:
@@ -811,6 +812,8 @@ def fill(model, z, noise, steps, order, threshold, remask, how):
     order = order if b > 1 else "random"                                           # one token has no order
     n, N = -(-L // b), 1 if b == 1 else b if threshold else steps or b              # blocks; steps in each
     u, shuffle = noise.unflatten(-1, (-1, 2)).unbind(-1)                           # (B, L, 1 + remask)
+    if order == "left":
+        shuffle = (torch.arange(L, device=z.device) / L)[:, None].expand_as(shuffle)
     hidden = F.pad(z == V, (0, n * b - L)).view(B, n, b)
     if order == "ancestral":
         when = F.pad((shuffle[..., 0] * N).long(), (0, n * b - L)).view(B, n, b)
@@ -831,7 +834,7 @@ def fill(model, z, noise, steps, order, threshold, remask, how):
         for step in range(N + remask):
             redo = max(0, step - N + 1)
             if redo:
-                least = (said if order in SCORES else shuffle[..., redo])[:, start:stop].masked_fill(~free[:, start:stop], 2)
+                least = (shuffle[..., redo] if order in CHANCE else said)[:, start:stop].masked_fill(~free[:, start:stop], 2)
                 z[:, start:stop].masked_fill_(rank(least) < count[:, k, step, None], V)
             hidden = z[:, start:stop] == V
             rows = hidden.any(1) if threshold else count[:, k, step] > 0

@@ -23,7 +23,7 @@ from dlm import UserError, option
 
 SHIPPED = Path(__file__).parent / "assets" / "dlm-docs.pt"  # a small trained model, so that something shows at once
 
-NO_THRESHOLD = ("ancestral", "random", "spread")            # orders that say themselves how many tokens a step reveals
+NO_THRESHOLD = (*dlm.CHANCE, "left", "spread")               # orders that say themselves how many tokens a step reveals
 
 
 @dataclass
@@ -35,9 +35,10 @@ class Options:
     stop: str = option("", "end each text before this string")
     number: int = option(4, "texts", at_least=1)
     steps: int = option(0, "steps a block; 0: one token a step", at_least=0)
-    order: str = option("", "which tokens come first: random ones (ancestral: at random times too), the surest by their "
-                        "confidence, margin or entropy, or the surest of each stretch of --steps tokens (spread); empty: "
-                        "what the model was trained for, else spread, and with --threshold confidence", choices=("", *dlm.ORDERS))
+    order: str = option("", "which tokens come first: random ones (ancestral: at random times too), from the left, the surest "
+                        "by their confidence, margin or entropy, or the surest of each stretch of --steps tokens (spread); "
+                        "empty: what the model was trained for, else spread, and with --threshold confidence",
+                        choices=("", *dlm.ORDERS))
     threshold: float = option(0.0, "reveal all that are at least so sure (0 to 1) at once, instead of --steps",
                               at_least=0, at_most=1)
     remask: int = option(0, "further steps a block: each hides as many tokens again as a step revealed, the least likely, or "
