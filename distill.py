@@ -1,6 +1,7 @@
 """Distil an autoregressive teacher into a diffusion language model.
 
-    python distill.py                              # teacher, judge, then a TCS student: the whole way, from nothing
+    python distill.py --method all                 # teacher, judge, and a student of each method: the whole way, from nothing
+    python distill.py --method tcs                 # one of them, at full length
     python distill.py --method plain               # the same student without a teacher's targets: the control
 
 A method is a pair: which states the student trains on, and which target it aims at. --states and --target replace
@@ -8,6 +9,7 @@ either half, so every control is one word away.
 """
 import copy
 import dataclasses
+import json
 import os
 import sys
 import time
@@ -22,14 +24,15 @@ import train_teacher
 from dlm import UserError, option
 from train_teacher import plt
 
-METHODS = {  # name: (states, target)
-    "plain": ("data", "onehot"),        # masked diffusion without a teacher: the baseline
-    "sequence": ("teacher", "onehot"),  # sequence-level distillation: the teacher is only a writer
-    "prefix": ("data", "prefix"),       # the causal head as target: a biased shortcut
-    "tcs": ("data", "topk"),            # target concrete score
-    "sdtt": ("data", "sdtt"),           # self-distillation through time: the teacher is the student's earlier self
-    "opdlm": ("rollout", "prefix"),     # on-policy: the student's own text and states, judged by the AR model
+METHODS = {  # name: (states, target, learning rate)
+    "plain": ("data", "onehot", 0.02),        # masked diffusion without a teacher: the baseline
+    "sequence": ("teacher", "onehot", 0.02),  # sequence-level distillation: the teacher is only a writer
+    "prefix": ("data", "prefix", 0.02),       # the causal head as target: a biased shortcut
+    "tcs": ("data", "topk", 0.02),            # target concrete score
+    "sdtt": ("data", "sdtt", 0.01),           # self-distillation through time: the teacher is the student's earlier self
+    "opdlm": ("rollout", "prefix", 0.006),    # on-policy: the student's own text and states, judged by the AR model
 }
+ALL = {"tcs": 2, "sdtt": 10, "opdlm": 4}      # --method all: what --steps is divided by; a round of SDTT is short
 STATES = ("data", "teacher", "rollout")
 TARGETS = ("onehot", *dlm.ESTIMATORS)
 JUDGED = 256        # generated texts a row of the table; their NLL has a standard error of about 0.02 nats per token
@@ -39,7 +42,8 @@ FLOOR = 0.9         # of held-out text's entropy: what a student writes should n
 
 @dataclass
 class Options:
-    method: str = option("tcs", "a pair of states and target", choices=tuple(METHODS))
+    method: str = option("tcs", "a pair of states and target; all: tcs, sdtt from its student, and opdlm, with a half, a tenth and "
+                         "a quarter of --steps", choices=("all", *METHODS))
     states: str = option("", "data: masked training text; teacher: masked texts by the teacher; rollout: what "
                          "the student writes and the states on the way; empty: the method's",
                          choices=("", *STATES))
@@ -52,7 +56,8 @@ class Options:
     block: int = option(4, "block length b of the student; 0 is the whole context", at_least=0)
     steps: int = option(1000, "optimiser steps", at_least=1)
     batch_size: int = option(8, "texts a step", at_least=1)
-    lr: float = option(0.02, "learning rate of Muon; AdamW's, for embedding and head, is 0.15 of it", at_least=0)
+    lr: float = option(0.0, "learning rate of Muon; AdamW's, for embedding and head, is 0.15 of it; 0: the method's, 0.02 "
+                       "(sdtt 0.01, opdlm 0.006)", at_least=0)
     divergence: str = option("forward", "between target and student", choices=("forward", "reverse", "tvd", "mse"))
     fraction: float = option(1.0, "share of the training text that the student sees, from a place the seed chooses",
                              at_least=0, at_most=1)
@@ -190,13 +195,16 @@ def evaluate(model, teacher, judge, text, device, most, order):
             row, x = dlm.judge_sampling(who, JUDGED, judge, text, **way)
         rows.append({"what": what, **row, "last_word": dlm.last_word_accuracy(who, passages, text.tokenizer, **way)})
         samples[what] = [text.tokenizer.decode(t) for t in x[:4]]
-    print(f"\n{JUDGED} texts; steps are per block of {model.b}    calls seconds  judge NLL  entropy  bigrams  known words  "
-          "last word")
+    show(rows, model.b)
+    return rows, samples
+
+
+def show(rows, b):
+    print(f"\n{JUDGED} texts; steps are per block of {b:<5} calls seconds  judge NLL  entropy  bigrams  known words  last word")
     for r in rows:
-        print(f"{r['what']:<34} {r.get('calls', 0):>8.1f} {r.get('seconds', 0):>7.1f} {r['judge_nll']:>10.3f} "
+        print(f"{r['what']:<35} {r.get('calls', 0):>8.1f} {r.get('seconds', 0):>7.1f} {r['judge_nll']:>10.3f} "
               f"{r['entropy']:>8.3f} {r['bigram_entropy']:>8.3f} {r['known_words']:>12.1%}"
               + (f" {r['last_word']:>10.1%}" if "last_word" in r else ""))
-    return rows, samples
 
 
 @torch.no_grad()
@@ -259,23 +267,36 @@ def compare_estimators(o, folder, teacher, student, text):
                                              "versions": dlm.versions()})
 
 
-def draw_quality(rows, path):
-    """Judge NLL and entropy against network calls."""
-    student = rows[4:]                                             # the order that the student will write in
+def draw_quality(known, students, path):
+    """Judge NLL and entropy against network calls: held-out text and AR teacher as lines, {name: rows} of students."""
+    calls = sorted({r["calls"] for rows in students.values() for r in rows})
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.2))
     for ax, key, label in zip(axes, ("judge_nll", "entropy"), ("judge NLL, nats per token", "unigram entropy, nats")):
-        ax.plot([r["calls"] for r in student], [r[key] for r in student], "ko-", label=f"student, {student[0]['order']} order")
-        for r, style in zip(rows[:2], (":", "--")):
-            ax.axhline(r[key], color="k", linestyle=style, label=r["what"])
+        for (name, rows), style in zip(students.items(), ("ko-", "ks--", "k^:")):
+            ax.plot([r["calls"] for r in rows], [r[key] for r in rows], style, markerfacecolor="none", label=name)
+        for r, style in zip(known, (":", "--")):
+            ax.axhline(r[key], color="0.5", linestyle=style, label=r["what"])
         ax.set(xlabel="network calls for a text", ylabel=label, xscale="log")
-        ax.set_xticks([r["calls"] for r in student], [f"{r['calls']:.0f}" for r in student])
+        ax.set_xticks(calls, [f"{c:.0f}" for c in calls])
         ax.minorticks_off()
-    axes[1].legend()
+    axes[1].legend(fontsize=8)
     train_teacher.save_figure(fig, path)
 
 
+def finish(o, folder):
+    """Runs into the folder, or goes on there if a run was interrupted; a finished one stays as it is -> the folder."""
+    o, ckpt = dataclasses.replace(o, out=folder), None
+    if Path(folder, "checkpoint.pt").exists() and not o.overwrite:
+        o, ckpt = train_teacher.resumed(dataclasses.replace(o, resume=folder), [])
+    if ckpt is None or ckpt["trainer"]["step"] < o.steps or not Path(folder, "metrics.json").exists():
+        run(o, ckpt)
+    else:
+        print(f"{folder}: finished before, in {o.steps} steps, and kept; --overwrite makes it anew")
+    return folder
+
+
 def rounds(o):
-    """SDTT: each round a run of its own, whose student starts the next; finished ones stay, an interrupted one goes on."""
+    """SDTT: each round a run of its own, whose student starts the next -> {steps a block: its folder}."""
     if o.target:
         raise UserError(f"--target {o.target}: sdtt has a target of its own; leave this option out")
     if o.student in ("ar", "random"):
@@ -283,39 +304,62 @@ def rounds(o):
     b = dlm.load(o.student, "--student")[0].b
     if b == 1:
         raise UserError(f"--student {o.student}: an AR model, where SDTT starts from a diffusion model")
-    N, student, base = o.first or b, o.student, o.out or f"runs/{train_teacher.run_name(o, o.method, f'-b{b}')}"
+    N, student, folders, base = o.first or b, o.student, {}, o.out or f"runs/{train_teacher.run_name(o, o.method, f'-b{b}')}"
     if N // o.k < o.last:
         raise UserError(f"--first {N}: a round of k = {o.k} makes {N // o.k} steps of it, below --last {o.last}")
     while (M := N // o.k) >= o.last:
-        part = dataclasses.replace(o, first=M * o.k, last=M, student=student, block=b, out=f"{base}-{M}steps")
         print(f"\n{M * o.k} steps a block become {M}" + f" ({N} is no multiple of {o.k})" * (M * o.k < N), flush=True)
-        path, ckpt = Path(part.out), None
-        if (path / "checkpoint.pt").exists() and not o.overwrite:
-            ckpt = dlm.load(path, "--out")[2]
-            part.resume = part.out
-        if ckpt is None or ckpt["trainer"]["step"] < o.steps or not (path / "metrics.json").exists():
-            run(part, ckpt)
-        N, student = M, part.out
+        part = dataclasses.replace(o, first=M * o.k, last=M, block=b, student=student)
+        N, student = M, finish(part, f"{base}-{M}steps")
+        folders[M] = student
+    return folders
+
+
+def every(o):
+    """--method all: TCS, SDTT from its student, and OPDLM, each a run of its own; then one table and one figure of them."""
+    for name in ("states", "target"):
+        if getattr(o, name):
+            raise UserError(f"--{name} {getattr(o, name)}: each of the methods has its own; name one --method")
+    print("a teacher, a judge, then TCS, SDTT and OPDLM: about 7 minutes on 2 cores with the defaults", flush=True)
+    name = o.out or f"runs/{train_teacher.run_name(o, 'all', f'-b{o.block}')}"
+    folder = {m: f"{o.out}-{m}" if o.out else name.replace("all", m, 1) for m in ALL}
+    part = {m: dataclasses.replace(o, method=m, steps=max(1, o.steps // share)) for m, share in ALL.items()}
+    tcs = finish(part["tcs"], folder["tcs"])
+    sdtt = rounds(dataclasses.replace(part["sdtt"], student=tcs, out=folder["sdtt"]))
+    opdlm = finish(part["opdlm"], folder["opdlm"])
+
+    table = {f: json.loads(Path(f, "metrics.json").read_text())["table"] for f in (tcs, *sdtt.values(), opdlm)}
+    rows = {f: [r for r in table[f] if r.get("order") == o.order] for f in table}
+    students = {"TCS": rows[tcs], "SDTT": [r for n, f in sorted(sdtt.items()) for r in rows[f] if r["steps"] == n],
+                "OPDLM": rows[opdlm]}
+    students = {who: [{**r, "what": r["what"].replace("student", who)} for r in its] for who, its in students.items()}
+    known = table[tcs][:2]                                        # held-out text and the AR teacher
+    lines = known + sum(students.values(), [])
+    show(lines, o.block or "all")
+    draw_quality(known, students, Path(name, "quality.png"))
+    dlm.write_json(Path(name, "metrics.json"), {"options": dataclasses.asdict(o), "table": lines})
+    print(f"{name}: metrics.json and quality.png of them all")
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     o, ckpt = train_teacher.resumed(dlm.parse(Options, argv, __doc__), argv)
-    if o.method == "sdtt" and ckpt is None and not o.estimators:
-        rounds(o)
-    else:
+    if ckpt or o.estimators or o.method not in ("all", "sdtt"):
         run(o, ckpt)
+    else:
+        every(o) if o.method == "all" else rounds(o)
 
 
 def run(o, ckpt):
     start, device = time.time(), dlm.pick_device(o.device)
-    states, target = (given or own for given, own in zip((o.states, o.target), METHODS[o.method]))
+    own = METHODS["tcs" if o.estimators else o.method]
+    states, target, o.lr = o.states or own[0], o.target or own[1], o.lr or own[2]
     if o.divergence == "reverse" and target not in ("prefix", "sdtt"):
         raise UserError("--divergence reverse: infinite where the target is one-hot; use forward, tvd or mse")
     if states == "rollout" and target != "prefix" and (target == "onehot" or o.whole < 1):
         raise UserError(f"--target {target}: " + ("a student's own text teaches it nothing; use prefix" if target == "onehot"
                         else "scored on rollouts of whole texts only; add --whole 1, or use prefix"))
-    what = "estimators" if o.estimators else o.method if (states, target) == METHODS[o.method] else f"{states}-{target}"
+    what = "estimators" if o.estimators else o.method if (states, target) == own[:2] else f"{states}-{target}"
     folder = train_teacher.folder_of(o, train_teacher.run_name(o, what, f"-b{o.block}"))
     path, teacher, tokenizer, its_options, student = load_models(o, device)
     text = dlm.load_text(o.data, tokenizer, teacher.L)
@@ -345,7 +389,7 @@ def run(o, ckpt):
               "random masks")
     train_teacher.report(o, folder, trainer, model, text, teacher=str(path), states=states, target=target, gap=gap,
                          teacher_seconds=prepared, student_tokens=tokens, table=rows, samples=samples)
-    draw_quality(rows, folder / "quality.png")
+    draw_quality(rows[:2], {f"student, {o.order} order": rows[4:]}, folder / "quality.png")
     for who in ("AR teacher", rows[-1]["what"]):
         print(f"\n{who}, the first four texts of seed 0:")
         for t in samples[who]:

@@ -310,6 +310,27 @@ def test_sdtt_says_what_it_does_with_other_numbers(call, monkeypatch):
     assert "2 steps a block become 1 (3 is no multiple of 2)" in out
 
 
+def test_all_methods_in_one_command(call, home):
+    argv = f"{TEXT} --method all --steps 20 --batch_size 4 --texts 64"
+    shutil.rmtree(TCS)
+    code, out, err = call("distill", argv)
+    assert (code, err) == (0, "") and "of them all" in out
+    runs = {n: metrics(f"runs/{n}-tiny-char-b4-s0") for n in ("tcs", "opdlm", "all")}
+    runs |= {n: metrics(f"runs/sdtt-tiny-char-b4-s0-{n}steps") for n in (2, 1)}
+    assert [(runs[n]["options"]["steps"], runs[n]["options"]["lr"]) for n in ("tcs", 2, 1, "opdlm")] == [
+        (10, 0.02), (2, 0.01), (2, 0.01), (5, 0.006)]
+    assert [runs[n]["options"]["student"] for n in ("tcs", 2, 1, "opdlm")] == ["ar", TCS, "runs/sdtt-tiny-char-b4-s0-2steps", "ar"]
+    table = {r["what"]: r for r in runs["all"]["table"]}
+    assert list(table) == ["held-out text", "AR teacher", *(f"{who}, {n} steps, spread" for who, steps in
+                           (("TCS", (1, 2, 4)), ("SDTT", (1, 2)), ("OPDLM", (1, 2, 4))) for n in steps)]
+    for n in (1, 2):
+        own = next(r for r in runs[n]["table"] if r["what"] == f"student, {n} steps, spread")
+        assert table[f"SDTT, {n} steps, spread"]["judge_nll"] == own["judge_nll"]
+    before = files(home)
+    code, out, _ = call("distill", argv)
+    assert code == 0 and out.count("finished before") == 4 and files(home) == before
+
+
 def test_block_need_not_divide_the_context_from_scratch(call):
     assert call("train", f"{TEXT} {SIZE} --objective mdlm --block 5 --steps 2 --out run")[0] == 0
     assert metrics("run")["block"] == 5
@@ -737,6 +758,7 @@ TRAIN = ["--n_layer 0", "--n_head 0", "--n_head -2", "--n_embd 0", "--context 0"
          "--tokenizer bpe:x", "--tokenizer gpt2:4", "--tokenizer a/b", "--out tiny.txt",
          "--out tiny.txt/run", "--out " + "x" * 300]
 DISTILL = ["--method tsc", "--states texts", "--target top", "--divergence kl", "--divergence reverse", "--block 17",
+           "--states teacher --method all", "--target onehot --method all",
            "--block 1", "--block -4", "--candidates 0", "--texts 3", "--fraction nan", "--fraction -1", "--fraction 1.01", "--steps 0", "--batch_size 0", "--lr nan", "--tokenizer word",
            f"--teacher {TCS}", f"--teacher {MDLM}", "--teacher runs/other", "--teacher runs/short",
            "--student runs/other", "--student runs/short", "--student teacher", "--out tiny.txt", "--order ancestral",
