@@ -505,8 +505,8 @@ class HiddenMarkov(nn.Module):
 # ----------------------------------------------------------------------------------------------------------
 # States and targets: what to hide, what to aim at, and the one loss
 
-def spread(B, n, device):
-    """B x n uniform numbers; those of a column lie one in each B-th of [0, 1), in random order: stratified over the batch."""
+def stratified(B, n, device):
+    """Uniform numbers (B, n); those of a column lie one in each B-th of [0, 1), in random order."""
     order = torch.rand(B, n, device=device).argsort(0)                             # one permutation a column
     return (order + torch.rand(n, device=device)) / B
 
@@ -519,7 +519,7 @@ def hide(x, b, mask):
     B, L = x.shape
     n = -(-L // b)                                                                 # blocks; the last may be shorter
     size = (L - b * torch.arange(n, device=x.device)).clamp(max=b)                 # (n,)
-    m = (spread(B, n, x.device) * size).long().clamp(max=size - 1) + 1   # (B, n)
+    m = (stratified(B, n, x.device) * size).long().clamp(max=size - 1) + 1   # (B, n)
     noise = F.pad(torch.rand(B, L, device=x.device), (0, n * b - L), value=2.0).view(B, n, b)
     hidden = noise.argsort(-1).argsort(-1) < m[..., None]                          # rank of each token's noise < m
     return torch.where(hidden.view(B, -1)[:, :L], mask, x)
@@ -607,8 +607,8 @@ def suffix_log_prob(teacher, x, past, pos, cand, b, budget=None):
 
 
 def suffix_gradient(teacher, x, b):
-    """∇_{e_i} log p_T(rest of i's block | x_<=i) for every i: (B, L, d). One forward and one backward: as each block starts
-    anew in a stream of its own, nothing flows through earlier blocks or a block's first prediction."""
+    """∇_{e_i} log p_T(rest of i's block | x_<=i) for every i: (B, L, d). One forward and one backward: as each block
+    starts anew in a stream of its own, nothing flows through earlier blocks or a block's first prediction."""
     with torch.enable_grad():
         e = teacher.embedding(x).detach().requires_grad_()
         return torch.autograd.grad(teacher.restart(x, e, b).gather(2, x[..., None]).sum(), e)[0]
@@ -668,7 +668,7 @@ def hide_at(x, b, mask, N):
     1/N, 2/N .. 1. x (B, L) -> z (B, L), t (B, L) of each token's block, stratified over the batch."""
     B, L = x.shape
     n = -(-L // b)
-    t = ((spread(B, n, x.device) * N).long().clamp(max=N - 1) + 1) / N
+    t = ((stratified(B, n, x.device) * N).long().clamp(max=N - 1) + 1) / N
     t = t.repeat_interleave(b, dim=1)[:, :L]
     return torch.where(torch.rand(B, L, device=x.device) < t, mask, x), t
 
@@ -690,7 +690,7 @@ def sdtt(teacher, x, z, t, dt, k=2):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# OPDLM: on-policy distillation of an AR model into a diffusion LM
+# OPDLM: on-policy distillation of an AR model into a diffusion LM (2606.06712)
 
 class Blocks:
     """A model that writes every block of texts x (B, L) behind x's own earlier blocks: to `sample`, B * L/b texts of b."""
@@ -718,7 +718,7 @@ def rollout(model, x, steps=0, order="spread", whole=False):
     n, N = L // b, steps or b
     model.eval()
     if whole:
-        prompt = (spread(B, 1, device) * L).long()
+        prompt = (stratified(B, 1, device) * L).long()
         z = torch.where(torch.arange(L, device=device) < prompt, x, model.V)
         states = torch.stack(list(sample(model, z, steps, order)))                 # (n * N + 1, B, L)
         first = N * torch.arange(n, device=device)                                 # of each block
@@ -728,7 +728,7 @@ def rollout(model, x, steps=0, order="spread", whole=False):
         first = torch.zeros(n, dtype=torch.long, device=device)
     model.train(training)
     hidden = (states[0] == model.V).view(B, n, b).sum(-1)                          # (B, n), at the beginning
-    now = first + (spread(B, n, device) * hidden.clamp(max=N)).long().clamp(max=N - 1)
+    now = first + (stratified(B, n, device) * hidden.clamp(max=N)).long().clamp(max=N - 1)
     return states[-1], states.gather(0, now.repeat_interleave(b, dim=1)[None])[0]
 
 
@@ -786,13 +786,13 @@ def sample(model, z, steps=0, order=None, threshold=0.0, remask=0, noise=None, *
     A step reveals some tokens, all drawn in parallel from their own marginals (`warp(**how)`). How many: equally many
     a step; with a threshold all that are at least so sure, but one or more, in as many steps as it takes; ancestral:
     each at a uniform one of the steps, in other words with probability (t-s)/t. Which: `random` ones (and ancestral), from
-    `left` to right, or the surest first by the probability of the likeliest token (`confidence`), its lead over the second (`margin`), or
-    the `entropy`; or the lowest entropy in each stretch of `steps` hidden tokens (`spread`): what is drawn together then
-    stands apart. Given tokens never change; those right of a block are seen only at b = L. An AR model has blocks of one
-    token: ordinary generation. steps 0: one token a step. `remask` steps more, when a block is full, hide as many tokens
-    again as one step revealed and draw them anew: those drawn with the least probability, or with random orders
-    random ones. noise (B, T, 2 + 2 remask): uniforms, so that a row can be had again. Beyond the model's
-    context the text goes on in windows, each of which sees the last half context before it."""
+    `left` to right, or the surest first by the probability of the likeliest token (`confidence`), its lead over the
+    second (`margin`), or the `entropy`; or the lowest entropy in each stretch of `steps` hidden tokens (`spread`): what
+    is drawn together then stands apart. Given tokens never change; those right of a block are seen only at b = L. An AR
+    model has blocks of one token: ordinary generation. steps 0: one token a step. `remask` steps more, when a block is
+    full, hide as many tokens again as one step revealed and draw them anew: those drawn with the least probability, or
+    with random orders random ones. noise (B, T, 2 + 2 remask): uniforms, so that a row can be had again. Beyond the
+    model's context the text goes on in windows, each of which sees the last half context before it."""
     order = order or ("confidence" if threshold else "spread")
     if order not in ORDERS:
         raise UserError(f"--order {order}: unknown; use {', '.join(ORDERS)}")
@@ -999,8 +999,8 @@ def passages(text, n=512):
 
 
 def last_word_accuracy(model, passages, tokenizer, **way):
-    """Share of passages whose last word the model finds from what stands before it, of which it sees as much as its context
-    holds. Greedy, told how many tokens to find; `way`: steps and order of `sample`. In the spirit of LAMBADA (1606.06031)."""
+    """Share of passages whose last word the model finds from what stands before it, of which it sees as much as its
+    context holds. Greedy, told how many tokens to find; `way`: steps and order of `sample`. After LAMBADA (1606.06031)."""
     right, alike = [], defaultdict(list)
     for p in passages:
         word = re.search(r" ?\w+\W*$", p)
