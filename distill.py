@@ -1,7 +1,7 @@
 """Distil an autoregressive teacher into a diffusion language model.
 
-    python distill.py --method all                 # teacher, judge, and a student of each method: the whole way, from nothing
-    python distill.py --method tcs                 # one of them, at full length
+    python distill.py                              # teacher, judge, a student of each method: the whole way, from nothing
+    python distill.py --method tcs                 # one method, at full length
     python distill.py --method plain               # the same student without a teacher's targets: the control
 
 A method is a pair: which states the student trains on, and which target it aims at. --states and --target replace
@@ -42,8 +42,8 @@ FLOOR = 0.9         # of held-out text's entropy: what a student writes should n
 
 @dataclass
 class Options:
-    method: str = option("tcs", "a pair of states and target; all: tcs, sdtt from its student, and opdlm, with a half, a tenth and "
-                         "a quarter of --steps", choices=("all", *METHODS))
+    method: str = option("all", "a pair of states and target; all: tcs, sdtt from its student, and opdlm, with a half, a "
+                         "tenth and a quarter of --steps", choices=("all", *METHODS))
     states: str = option("", "data: masked training text; teacher: masked texts by the teacher; rollout: what "
                          "the student writes and the states on the way; empty: the method's",
                          choices=("", *STATES))
@@ -316,10 +316,10 @@ def rounds(o):
 
 
 def every(o):
-    """--method all: TCS, SDTT from its student, and OPDLM, each a run of its own; then one table and one figure of them."""
+    """The main job: TCS, SDTT from its student, and OPDLM, each a run of its own; then one table and one figure of them."""
     for name in ("states", "target"):
         if getattr(o, name):
-            raise UserError(f"--{name} {getattr(o, name)}: each of the methods has its own; name one --method")
+            raise UserError(f"--{name} {getattr(o, name)}: every method has its own; name one with --method")
     print("a teacher, a judge, then TCS, SDTT and OPDLM: about 7 minutes on 2 cores with the defaults", flush=True)
     name = o.out or f"runs/{train_teacher.run_name(o, 'all', f'-b{o.block}')}"
     folder = {m: f"{o.out}-{m}" if o.out else name.replace("all", m, 1) for m in ALL}

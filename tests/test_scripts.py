@@ -27,6 +27,7 @@ import train_teacher
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"train": train_teacher, "distill": distill, "sample": sample}
 TEXT = "--data tiny.txt --tokenizer char"
+ONE = f"{TEXT} --method tcs"
 SIZE = "--context 16 --n_layer 1 --n_head 2 --n_embd 16 --batch_size 8"
 AR, JUDGE, TCS, MDLM = "runs/ar-tiny-char-s0", "runs/ar-tiny-char-s1", "runs/tcs-tiny-char-b4-s0", "runs/mdlm"
 UNIX = pytest.mark.skipif(os.name == "nt", reason="Windows has other signals")
@@ -60,7 +61,7 @@ def world(tmp_path_factory):
                      f"{TEXT} --steps 2 --context 8 --out runs/short", f"{TEXT} --steps 2 --n_embd 8 --out runs/thin",
                      "--data other.txt --tokenizer char --steps 2 --out runs/other"):
             train_teacher.main([*SIZE.split(), *argv.split()])
-        distill.main([*TEXT.split(), *"--block 4 --steps 10 --batch_size 8".split()])
+        distill.main([*ONE.split(), *"--block 4 --steps 10 --batch_size 8".split()])
         for run in ("short", "thin", "other"):
             Path("runs", run, "loss.png").unlink()
         ckpt = Path(AR, "checkpoint.pt").read_bytes()
@@ -168,7 +169,7 @@ def test_from_nothing_to_samples_in_a_shell(tmp_path, world):
 
     code, out, err = shell("train_teacher.py", f"{TEXT} {SIZE} --steps 10")
     assert (code, err) == (0, "") and f"python sample.py --checkpoint {AR}" in out
-    code, out, err = shell("distill.py", f"{TEXT} --block 4 --steps 10 --batch_size 8")
+    code, out, err = shell("distill.py", f"{ONE} --block 4 --steps 10 --batch_size 8")
     assert (code, err) == (0, "") and f"python sample.py --checkpoint {TCS}" in out
     code, out, err = shell("sample.py", "--number 2")
     assert code == 0 and err.startswith(TCS) and len(texts(out)) == 2
@@ -254,7 +255,7 @@ def test_every_kind_of_student_trains_and_writes(call, monkeypatch, argv):
     no_pictures(monkeypatch)
     if "thin" in argv:
         assert call("train", f"{TEXT} {SIZE} --n_embd 8 --objective mdlm --steps 2 --out runs/thin-mdlm")[0] == 0
-    code, _, err = call("distill", f"{TEXT} --steps 2 --batch_size 4 --block 4 --texts 64 --out run {argv}")
+    code, _, err = call("distill", f"{ONE} --steps 2 --batch_size 4 --block 4 --texts 64 --out run {argv}")
     assert (code, err) == (0, "")
     assert torch.tensor([r["judge_nll"] for r in metrics("run")["table"]]).isfinite().all()
     gap = metrics("run")["gap"]
@@ -311,7 +312,7 @@ def test_sdtt_says_what_it_does_with_other_numbers(call, monkeypatch):
 
 
 def test_all_methods_in_one_command(call, home):
-    argv = f"{TEXT} --method all --steps 20 --batch_size 4 --texts 64"
+    argv = f"{TEXT} --steps 20 --batch_size 4 --texts 64"
     shutil.rmtree(TCS)
     code, out, err = call("distill", argv)
     assert (code, err) == (0, "") and "of them all" in out
@@ -356,7 +357,7 @@ def test_what_is_missing_is_trained_first(home, call, monkeypatch):
         return folder
 
     monkeypatch.setattr(train_teacher, "train", train)
-    assert call("distill", f"{TEXT} --block 4 --steps 2")[0] == 0
+    assert call("distill", f"{ONE} --block 4 --steps 2")[0] == 0
     assert sorted((o.objective, o.data, o.tokenizer, o.seed) for o in asked) == [
         ("ar", "tiny.txt", "char", 0), ("ar", "tiny.txt", "char", 1)]
     assert Path(TCS, "metrics.json").exists()
@@ -365,7 +366,7 @@ def test_what_is_missing_is_trained_first(home, call, monkeypatch):
 def test_output_that_cannot_show_every_character(call, monkeypatch):
     narrow = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")  # a redirected stdout on Windows
     monkeypatch.setattr(sys, "stdout", narrow)
-    assert call("distill", f"{TEXT} --block 4 --steps 2 --out run")[0] == 0
+    assert call("distill", f"{ONE} --block 4 --steps 2 --out run")[0] == 0
 
 
 # --- sample.py ---------------------------------------------------------------------------------------------
@@ -524,7 +525,7 @@ def test_given_tokens_stand_out_on_a_terminal(call, monkeypatch, no_color):
 
 # --- interrupted and resumed -------------------------------------------------------------------------------
 
-LONG = {"train": f"{TEXT} {SIZE} --steps 200", "distill": f"{TEXT} --block 4 --steps 60 --batch_size 8 --texts 64"}
+LONG = {"train": f"{TEXT} {SIZE} --steps 200", "distill": f"{ONE} --block 4 --steps 60 --batch_size 8 --texts 64"}
 FILE = {"train": "train_teacher.py", "distill": "distill.py"}
 
 
@@ -572,7 +573,7 @@ def test_ctrl_c_saves_and_says_so(call):
 
 def test_ctrl_c_while_distilling(world, call, monkeypatch):
     interrupt_at(monkeypatch, 4)
-    assert call("distill", f"{TEXT} --block 4 --steps 10 --batch_size 8 --out stopped")[::2] == (130, "interrupted\n")
+    assert call("distill", f"{ONE} --block 4 --steps 10 --batch_size 8 --out stopped")[::2] == (130, "interrupted\n")
     assert end("stopped")["trainer"]["step"] == 5
     assert call("distill", "--resume stopped")[0] == 0
     assert same(end("stopped"), end(world / TCS))
@@ -621,7 +622,7 @@ def test_student_tokens_are_counted(call, monkeypatch):
     more of the noisy ones, and the first of the clean ones too; whole ones as many as generation needs."""
     no_pictures(monkeypatch)
     for argv, slots in [("--method plain", 28), ("--method opdlm", 28 + 4 * 16 + 12)]:
-        assert call("distill", f"{TEXT} --block 4 --steps 3 --batch_size 8 --out run --overwrite {argv}")[0] == 0
+        assert call("distill", f"{ONE} --block 4 --steps 3 --batch_size 8 --out run --overwrite {argv}")[0] == 0
         assert metrics("run")["student_tokens"] == 3 * 8 * slots
     assert call("distill", f"{TEXT} --block 4 --steps 3 --batch_size 8 --out run --overwrite --method opdlm --whole 1")[0] == 0
     assert 28 < metrics("run")["student_tokens"] / 24 < 28 + 4 * 16 + 12
@@ -677,7 +678,7 @@ def test_distilling_goes_on_with_an_interrupted_teacher(world, call, monkeypatch
             interrupt_at(m, step)
             assert call("train", f"{TEXT} {SIZE} --steps 10 --seed {seed}")[0] == 130
     assert end(AR)["trainer"]["step"] == 4 and end(JUDGE)["trainer"]["step"] == 7
-    assert call("distill", f"{TEXT} --block 4 --steps 10 --batch_size 8")[0] == 0
+    assert call("distill", f"{ONE} --block 4 --steps 10 --batch_size 8")[0] == 0
     for run in (AR, JUDGE, TCS):
         assert same(end(run), end(world / run))
 
@@ -692,7 +693,7 @@ def test_resuming_a_finished_run_reports_again(call, where):
 
 def test_a_run_is_replaced_only_if_asked(call, refused):
     assert "--out" in refused("train", f"{TEXT} {SIZE} --steps 3")
-    assert "--out" in refused("distill", f"{TEXT} --block 4 --steps 3")
+    assert "--out" in refused("distill", f"{ONE} --block 4 --steps 3")
     assert call("train", f"{TEXT} {SIZE} --steps 3 --overwrite")[0] == 0
     assert metrics(AR)["options"]["steps"] == end(AR)["trainer"]["step"] == 3
 
@@ -722,7 +723,7 @@ def fill_disk(monkeypatch, how, after=0):
 
 @pytest.mark.parametrize("how", ["fsync", "write", "replace"])
 @pytest.mark.parametrize("script, argv", [("train", f"{TEXT} {SIZE} --steps 3 --overwrite"),
-                                          ("distill", f"{TEXT} --block 4 --steps 3 --overwrite"),
+                                          ("distill", f"{ONE} --block 4 --steps 3 --overwrite"),
                                           ("distill", f"--resume {TCS}")])
 def test_no_space_left(refused, home, monkeypatch, script, argv, how):
     fill_disk(monkeypatch, how)
@@ -773,7 +774,7 @@ SAMPLE = ["--threshold 1.5", "--threshold -1", "--threshold nan", "--top_k -1", 
 
 
 RIGHT = {"train": f"{TEXT} {SIZE} --steps 2 --out run ", "sample": "",
-         "distill": f"{TEXT} --block 4 --steps 2 --batch_size 8 --out run "}
+         "distill": f"{ONE} --block 4 --steps 2 --batch_size 8 --out run "}
 
 
 def short(argv):
@@ -841,7 +842,7 @@ def test_what_cannot_be_resumed(refused, script, argv, option):
 def test_broken_teacher_or_judge_that_was_found_not_given(refused, monkeypatch, run, role):
     monkeypatch.setattr(dlm.Trainer, "fit", lambda *_: pytest.fail("trained before it looked"))
     shutil.copy("half", f"{run}/checkpoint.pt")
-    error = refused("distill", f"{TEXT} --block 4 --out run")
+    error = refused("distill", f"{ONE} --block 4 --out run")
     assert role in error and run in error
     options = {"--" + f.name for f in dataclasses.fields(distill.Options)}
     assert set(re.findall(r"--\w+", error)) <= options
@@ -872,7 +873,7 @@ def test_no_network(refused, monkeypatch, tmp_path, script):
 
 
 @pytest.mark.parametrize("script, argv", [
-    ("train", "--data nowhere.txt"), ("train", f"{TEXT} --tokenizer a/b"), ("distill", f"{TEXT} --block 99"),
+    ("train", "--data nowhere.txt"), ("train", f"{TEXT} --tokenizer a/b"), ("distill", f"{ONE} --block 99"),
     ("train", f"{TEXT} --n_embd 10 --n_head 4")])
 def test_what_is_refused_leaves_no_folder_behind(refused, home, script, argv):
     before = sorted(home.rglob("*"))
