@@ -61,6 +61,110 @@ def show(a):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# 1_one_flag
+
+def check_depends_on(f):
+    """f(L, b): mask of what the prediction of a hidden token i (row) may depend on, with blocks of b: (L, L)."""
+    def grid(rule):
+        return lambda L, b: rule(torch.arange(L)[:, None], torch.arange(L), b)
+
+    compare(f, [(5, 2), (4, 1), (4, 4), (6, 3)], grid(lambda i, j, b: (j // b <= i // b) & (i != j)), {
+        "token i is hidden, its own prediction does not depend on it": grid(lambda i, j, b: j // b <= i // b),
+        "this is causal everywhere, whatever b; inside its block a token sees to its right too":
+            grid(lambda i, j, b: (j < i) | (j < 0)),
+        "causal, and token i sees itself; inside its block it sees to its right too, and not itself":
+            grid(lambda i, j, b: j <= i),
+        "everything sees everything, that is b = L; what stands right of the block is not seen":
+            grid(lambda i, j, b: i != j),
+        "earlier blocks only, a token sees the others of its own block too": grid(lambda i, j, b: j // b < i // b),
+        "its own block only, earlier blocks are seen too": grid(lambda i, j, b: (j // b == i // b) & (i != j)),
+        "turned round, rows are predictions and columns what they depend on":
+            grid(lambda i, j, b: (i // b <= j // b) & (i != j)),
+        "a block is tokens kb to kb + b - 1, it does not slide along with i":
+            grid(lambda i, j, b: (j < i + b) & (i != j))})
+
+
+def check_set_weight(f):
+    """f(n, m): the weight in the bound of one set of m hidden tokens, in a block of n."""
+    compare(f, [(4, 2), (4, 1), (5, 4), (3, 3)], lambda n, m: 1 / (m * math.comb(n, m)), {
+        "this is the chance of the set; the mean over its m tokens, times n, is still to come":
+            lambda n, m: 1 / n / math.comb(n, m),
+        "divide by n once more, 1/n is the chance of m": lambda n, m: n / m / math.comb(n, m),
+        "you have the mean over the tokens, the factor n is missing": lambda n, m: 1 / (m * n * math.comb(n, m)),
+        "all sets of m tokens share this, take one": lambda n, m: 1 / m,
+        "this is the chance of one set among those of its size, not its weight": lambda n, m: 1 / math.comb(n, m),
+        "you integrate t^m (1-t)^(n-m), the factor 1/t is missing":
+            lambda n, m: math.factorial(m) * math.factorial(n - m) / math.factorial(n + 1),
+        "m and n - m are exchanged, m are hidden":
+            lambda n, m: math.factorial(n - m) * math.factorial(m) / math.factorial(n) / max(1, n - m),
+        "the other way up": lambda n, m: m * math.comb(n, m)})
+
+
+def check_both_hidden(f):
+    """f(n): the chance that two given tokens of a block of n are both hidden, m uniform on 1..n."""
+    compare(f, [(4,), (2,), (3,), (16,)], lambda n: (n + 1) / (3 * n), {
+        "this is the square of one token's chance; they share m, so they are not independent":
+            lambda n: ((n + 1) / (2 * n)) ** 2,
+        "this is the chance that one of them is hidden": lambda n: (n + 1) / (2 * n),
+        "m starts at 1, at least one token is hidden; this is with m from 0, or a uniform time": lambda n: 1 / 3,
+        "half hidden, m is not n/2 but uniform": lambda n: 1 / 4,
+        "this is the chance that neither is hidden": lambda n: (n - 2) / (3 * n),
+        "this puts the first token back before the second is hidden, m/n times m/n; it is m/n times (m-1)/(n-1)":
+            lambda n: (n + 1) * (2 * n + 1) / (6 * n * n),
+        "a mean over m = 1..n, divide by n": lambda n: (n + 1) / 3})
+
+
+def check_cosine_weight(f):
+    """f(s): the weight at time s when each token is hidden with probability 1 - cos(pi/2 s)."""
+    def parts(s):
+        a = math.pi / 2
+        return a, math.sin(a * s), math.cos(a * s)
+
+    def right(s):
+        a, sin, cos = parts(s)
+        return a * sin / (1 - cos)
+
+    compare(f, [(0.3,), (0.1,), (0.9,)], right, {
+        "the sign is wrong, hidden tokens become more with s": lambda s: -right(s),
+        "this is 1/t(s), dt/ds is missing": lambda s: right(s) / parts(s)[0] / parts(s)[1],
+        "this is dt/ds, the 1/t is missing": lambda s: parts(s)[0] * parts(s)[1],
+        "this is 1/s, the weight of the straight line": lambda s: 1 / s,
+        "the inner derivative, pi/2, is missing": lambda s: right(s) / parts(s)[0],
+        "divide by what is hidden, 1 - alpha, not by alpha": lambda s: parts(s)[0] * parts(s)[1] / parts(s)[2],
+        "the derivative of a cosine is a sine": lambda s: parts(s)[0] * parts(s)[2] / (1 - parts(s)[2]),
+        "this is for sin(pi/2 s) hidden; here 1 - cos(pi/2 s) are": lambda s: parts(s)[0] * parts(s)[2] / parts(s)[1],
+        "the other way up": lambda s: 1 / right(s)})
+
+
+def check_perplexity_per_character(f):
+    """f(nll, chars_per_token): perplexity per character from nats per token."""
+    compare(f, [(2.8, 2.5), (1.2, 1.0), (4.0, 4.2)], lambda nll, c: math.exp(nll / c), {
+        "this is the perplexity per token": lambda nll, c: math.exp(nll),
+        "these are nats per character, perplexity is their exponential": lambda nll, c: nll / c,
+        "divide before the exponential; a token's perplexity is the product of its characters', not the sum":
+            lambda nll, c: math.exp(nll) / c,
+        "a token has several characters, each of them has fewer nats, not more": lambda nll, c: math.exp(nll * c),
+        "the nats are of a natural logarithm, not of base 2": lambda nll, c: 2 ** (nll / c),
+        "perplexity is above 1, the sign is wrong": lambda nll, c: math.exp(-nll / c),
+        "these are bits per character": lambda nll, c: nll / c / math.log(2)})
+
+
+def check_expected_calls(f):
+    """f(L, N): the mean number of N ancestral steps that reveal at least one of L tokens."""
+    def busy(L, N):
+        return N * (1 - (1 - 1 / N) ** L)
+
+    compare(f, [(8, 4), (64, 64), (3, 1), (5, 20)], busy, {
+        "these are the empty steps, the others call the network": lambda L, N: N - busy(L, N),
+        "this is the chance that one step is not empty, there are N": lambda L, N: busy(L, N) / N,
+        "some steps are empty, and the network is not run in them": lambda L, N: N,
+        "one call a token; here several tokens may share a step": lambda L, N: L,
+        "L and N are exchanged": lambda L, N: busy(N, L),
+        "this is the chance that a step reveals exactly one token, times N":
+            lambda L, N: L * (1 - 1 / N) ** (L - 1)})
+
+
+# ----------------------------------------------------------------------------------------------------------
 # 2_parallel
 
 def mean_whole(L, N):

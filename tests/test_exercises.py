@@ -115,7 +115,87 @@ def moment(states, when):
     return states[when.expand(states.size(1)), torch.arange(states.size(1))]
 
 
+def grid(rule):
+    """A mask (L, L), entry by entry: rule(i, j, b)."""
+    return lambda L, b: torch.tensor([[bool(rule(i, j, b)) for j in range(L)] for i in range(L)])
+
+
+def integral(f):
+    """The integral of f from 0 to 1, by the midpoint rule."""
+    return sum(f((k + 0.5) / 4000) for k in range(4000)) / 4000
+
+
+def mean_over_m(f):
+    return lambda n: sum(f(m, n) for m in range(1, n + 1)) / n
+
+
+def slope(f, s, h=1e-5):
+    return (f(s + h) - f(s - h)) / (2 * h)
+
+
+def alpha(s):
+    return math.cos(math.pi * s / 2)
+
+
 WRONG = {
+    "depends_on": [
+        (grid(lambda i, j, b: j // b <= i // b), "its own prediction does not depend on it"),
+        (grid(lambda i, j, b: j < i), "this is causal everywhere"),
+        (grid(lambda i, j, b: j <= i), "causal, and token i sees itself"),
+        (grid(lambda i, j, b: j != i), "that is b = L"),
+        (grid(lambda i, j, b: j < i - i % b), "earlier blocks only"),
+        (grid(lambda i, j, b: j // b == i // b and j != i), "its own block only"),
+        (grid(lambda i, j, b: j >= i - i % b and j != i), "turned round"),
+        (grid(lambda i, j, b: j < i + b and j != i), "does not slide"),
+        (lambda L, b: torch.tril(torch.ones(L, L), -1), "a mask of True and False is wanted"),
+        (lambda L, b: torch.ones(L, L, dtype=torch.bool), "for 5, 2 it should be ..False, True, False.*you return")],
+    "set_weight": [
+        (lambda n, m: 1 / (n * math.comb(n, m)), "this is the chance of the set;"),
+        (lambda n, m: n / (m * math.comb(n, m)), "1/n is the chance of m"),
+        (lambda n, m: 1 / (n * m * math.comb(n, m)), "the factor n is missing"),
+        (lambda n, m: 1 / m, "take one"),
+        (lambda n, m: 1 / math.comb(n, m), "among those of its size"),
+        (lambda n, m: integral(lambda t: t ** m * (1 - t) ** (n - m)), "the factor 1/t is missing"),
+        (lambda n, m: integral(lambda t: t ** (n - m - 1) * (1 - t) ** m), "exchanged"),
+        (lambda n, m: m * math.comb(n, m), "the other way up"),
+        (lambda n, m: 1 / (m + 1), "for 4, 2 it should be 0.08333, you return 0.3333")],
+    "both_hidden": [
+        (lambda n: mean_over_m(lambda m, n: m / n)(n) ** 2, "they are not independent"),
+        (mean_over_m(lambda m, n: m / n), "one of them is hidden"),
+        (lambda n: integral(lambda t: t ** 2), "m starts at 1"),
+        (lambda n: 0.25, "not n/2 but uniform"),
+        (mean_over_m(lambda m, n: (n - m) * (n - m - 1) / n / (n - 1)), "neither is hidden"),
+        (mean_over_m(lambda m, n: (m / n) ** 2), "puts the first token back"),
+        (lambda n: sum(m * (m - 1) / n / (n - 1) for m in range(1, n + 1)), "divide by n"),
+        (lambda n: 0.51, "for 4 it should be 0.4167, you return 0.51")],
+    "cosine_weight": [
+        (lambda s: slope(alpha, s) / (1 - alpha(s)), "the sign is wrong"),
+        (lambda s: 1 / (1 - alpha(s)), "dt/ds is missing"),
+        (lambda s: -slope(alpha, s), "the 1/t is missing"),
+        (lambda s: 1 / s, "the straight line"),
+        (lambda s: math.sin(math.pi * s / 2) / (1 - alpha(s)), "the inner derivative"),
+        (lambda s: -slope(alpha, s) / alpha(s), "not by alpha"),
+        (lambda s: math.pi / 2 * alpha(s) / (1 - alpha(s)), "a cosine is a sine"),
+        (lambda s: slope(lambda s: math.sin(math.pi * s / 2), s) / math.sin(math.pi * s / 2), "this is for sin"),
+        (lambda s: -(1 - alpha(s)) / slope(alpha, s), "the other way up"),
+        (lambda s: 0.85, "for 0.3 it should be 6.543, you return 0.85")],
+    "perplexity_per_character": [
+        (lambda nll, c: math.exp(nll), "the perplexity per token"),
+        (lambda nll, c: nll / c, "these are nats per character"),
+        (lambda nll, c: math.exp(nll) / c, "divide before the exponential"),
+        (lambda nll, c: math.exp(nll * c), "fewer nats, not more"),
+        (lambda nll, c: 2 ** (nll / c), "not of base 2"),
+        (lambda nll, c: math.exp(-nll / c), "the sign is wrong"),
+        (lambda nll, c: math.log2(math.exp(nll / c)), "these are bits per character"),
+        (lambda nll, c: 3.0, "for 2.8, 2.5 it should be 3.065, you return 3")],
+    "expected_calls": [
+        (lambda L, N: N * (1 - 1 / N) ** L, "these are the empty steps"),
+        (lambda L, N: 1 - (1 - 1 / N) ** L, "the chance that one step is not empty"),
+        (lambda L, N: N, "some steps are empty"),
+        (lambda L, N: L, "one call a token"),
+        (lambda L, N: L * (1 - (1 - 1 / L) ** N), "L and N are exchanged"),
+        (lambda L, N: N * binomial(L, N, 1), "exactly one token"),
+        (lambda L, N: 3.5, "for 8, 4 it should be 3.6, you return 3.5")],
     "whole_rows": [
         (lambda k: 0.5 ** k, "one factor 1/2 too many"),
         (lambda k: 1 - 0.5 ** (k - 1), "share of broken rows"),
