@@ -936,7 +936,7 @@ def counting(model):
 
 @torch.no_grad()
 def bound(model, x, repeats=1, seed=0):
-    """Negative log-likelihood bound of texts x (n, L): mean and standard error, nats per token; exact at b = 1.
+    """Negative log-likelihood bound of texts x (n, L): mean and standard error over texts, nats per token; exact at b = 1.
 
     Mean over `repeats` states a text, the same states for every model of this b."""
     training = model.training
