@@ -1,6 +1,7 @@
 """Checks of the notebooks' exercises. Each says what is wrong, not only that something is; an open hole is no error."""
 import contextlib
 import functools
+import itertools
 import math
 
 import torch
@@ -282,6 +283,181 @@ def check_hide_again(f):
             least(said.masked_fill(given, 2).view(1, -1), n).view(said.shape),
         "argsort says which token is the k-th, its argsort says which place a token has": lambda said, given, n:
             said.masked_fill(given, 2).argsort(dim=1) < n})
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3_tcs
+
+def check_score_by_hand(f):
+    """f(prefix, suffix): the concrete score from log p(v | x_<i) and log p(x_>i | x_<i, v), both (V,) -> (V,)."""
+    first = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.1, 0.4, 0.02]).log()
+    second = torch.tensor([0.1, 0.6, 0.2, 0.1]).log(), torch.tensor([0.2, 0.001, 0.3, 0.0]).log()
+    compare(f, [first, second], lambda prefix, suffix: (prefix + suffix).softmax(-1), {
+        "this is the prefix alone, but what follows has a say too": lambda prefix, suffix: prefix.exp(),
+        "this is the suffix alone, the prefix counts as well": lambda prefix, suffix: suffix.softmax(-1),
+        "it does not add up to 1, divide by the sum over all letters": lambda prefix, suffix: (prefix + suffix).exp(),
+        "these are logarithms, probabilities are wanted": lambda prefix, suffix: (prefix + suffix).log_softmax(-1),
+        "these are logarithms that do not belong to probabilities yet": lambda prefix, suffix: prefix + suffix,
+        "you add probabilities, but both must happen: multiply them, or add their logarithms":
+            lambda prefix, suffix: (prefix.exp() + suffix.exp()) / (prefix.exp() + suffix.exp()).sum(),
+        "you divide by the suffix's probability, multiply by it": lambda prefix, suffix: (prefix - suffix).softmax(-1),
+        "a softmax of probabilities, take it of their logarithms":
+            lambda prefix, suffix: (prefix + suffix).exp().softmax(-1)})
+
+
+def check_score_of_candidates(f):
+    """f(prefix, suffix, x_i, K): the target with the K likeliest letters under the prefix as candidates: (V,)."""
+    prefix = torch.tensor([0.35, 0.1, 0.3, 0.05, 0.2]).log()
+    suffix = torch.tensor([0.07, 0.5, 0.08, 0.6, 0.06]).log()
+
+    def among(candidates, prefix=prefix, suffix=suffix):
+        return (prefix + suffix).masked_fill(~candidates, -math.inf).softmax(-1)
+
+    def best(score, K):
+        return torch.zeros(len(score), dtype=torch.bool).scatter(0, score.topk(K).indices, True)
+
+    def own(score, x_i):
+        return torch.arange(len(score)) == x_i
+
+    def missed(by, otherwise=None, where=best):
+        """One-hot where x_i is no candidate by this score, or what `otherwise` says."""
+        def answer(prefix, suffix, x_i, K):
+            candidates = where(by(prefix, suffix), K)
+            if candidates[x_i]:
+                return among(candidates)
+            return own(prefix, x_i).float() if otherwise is None else otherwise(candidates, x_i)
+        return answer
+
+    def by_prefix(prefix, suffix):
+        return prefix
+
+    compare(f, [(prefix, suffix, 1, 3), (prefix, suffix, 4, 3), (prefix, suffix, 0, 1), (prefix, suffix, 3, 5)],
+            missed(by_prefix), {
+        "x_i is not among the candidates: then the target is one-hot x_i": missed(by_prefix, lambda c, x_i: among(c)),
+        "you took x_i in as one more candidate; that biases the mean, the set must not depend on x_i":
+            missed(by_prefix, lambda c, x_i: among(c | own(c, x_i))),
+        "x_i takes a candidate's place; that biases the mean, the set must not depend on x_i": lambda p, s, x_i, K:
+            among(best(p, K) if best(p, K)[x_i] else best(p, K - 1) | own(p, x_i)),
+        "you return nothing where x_i is no candidate, but the target is one-hot then":
+            missed(by_prefix, lambda c, x_i: torch.zeros(len(c))),
+        "always one-hot, but x_i is among the candidates here": lambda p, s, x_i, K: own(p, x_i).float(),
+        "candidates are the likeliest under the prefix, not under the suffix": missed(lambda p, s: s),
+        "candidates are the likeliest under the prefix; their scores are not known before they are chosen":
+            missed(lambda p, s: p + s),
+        "all letters are candidates in your target, K are wanted": lambda p, s, x_i, K: (p + s).softmax(-1),
+        "divide by the sum over the candidates, not over all letters": lambda p, s, x_i, K:
+            torch.where(best(p, K), (p + s).softmax(-1), 0.0) if best(p, K)[x_i] else own(p, x_i).float(),
+        "these are the least likely letters": missed(by_prefix, None, lambda score, K: best(-score, K))})
+
+
+def check_two_variances(f):
+    """f(joint): variances, summed over letters, of the one-hot text and of c_i; joint (V, R) is p(x_i = v, rest = r | z)."""
+    def score(joint):
+        return joint / joint.sum(0)
+
+    def both(one, other):
+        return lambda joint: torch.stack([one(joint), other(joint)])
+
+    def hot(joint):
+        return 1 - joint.sum(1).square().sum()
+
+    def soft(joint):
+        return (joint.sum(0) * (score(joint) - joint.sum(1, keepdim=True)).square()).sum()
+
+    def plainly(joint):
+        return (score(joint) - score(joint).mean(1, keepdim=True)).square().sum(0).mean()
+
+    def against_mean(joint):
+        return (score(joint) - joint.sum(1, keepdim=True)).square().sum(0).mean()
+
+    cases = [(torch.tensor([[0.3, 0.1, 0.1], [0.05, 0.2, 0.05], [0.05, 0.0, 0.15]]),),
+             (torch.tensor([[0.12, 0.28], [0.18, 0.42]]),)]
+    compare(f, cases, both(hot, soft), {
+        "the other way round, the one-hot's variance comes first": both(soft, hot),
+        "subtract the square of the mean, these are second moments":
+            both(lambda j: torch.tensor(1.0), lambda j: (j.sum(0) * score(j).square()).sum()),
+        "the rests are not all alike likely, weigh each by its probability": both(hot, plainly),
+        "the rests are not all alike likely, weigh each by its probability, not only in the mean":
+            both(hot, against_mean),
+        "sum over the letters, do not average": lambda j: both(hot, soft)(j) / len(j),
+        "these are standard deviations, their squares are wanted": lambda j: both(hot, soft)(j).sqrt(),
+        "the second is what is left when the rest is known; the score's variance is the other part":
+            both(hot, lambda j: hot(j) - soft(j)),
+        "letters are the rows, rests the columns": lambda j: both(hot, soft)(j.T)})
+
+
+def check_gradient_score(f):
+    """f(prefix, gradient, E, x_i): the first-order score: softmax of prefix + <gradient, E_v - E_{x_i}>, (V,)."""
+    prefix, gradient = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([1.0, -0.5])
+    E = torch.tensor([[0.2, 0.4], [1.0, -0.6], [-0.8, 0.1]])
+
+    def change(gradient, E, x_i):
+        return (E - E[x_i]) @ gradient
+
+    compare(f, [(prefix, gradient, E, 0), (prefix, gradient, E, 2), (prefix, 0 * gradient, E, 1)],
+            lambda prefix, g, E, x_i: (prefix + change(g, E, x_i)).softmax(-1), {
+        "you forgot the prefix": lambda prefix, g, E, x_i: change(g, E, x_i).softmax(-1),
+        "wrong sign, the suffix gains where E_v lies along the gradient":
+            lambda prefix, g, E, x_i: (prefix - change(g, E, x_i)).softmax(-1),
+        "this is the prefix alone, the gradient has to be multiplied with every letter's embedding":
+            lambda prefix, g, E, x_i: prefix.exp(),
+        "these are logarithms, probabilities are wanted":
+            lambda prefix, g, E, x_i: (prefix + change(g, E, x_i)).log_softmax(-1),
+        "it does not add up to 1, divide by the sum": lambda prefix, g, E, x_i: (prefix + change(g, E, x_i)).exp(),
+        "the change is one of log-probabilities, you added it to probabilities":
+            lambda prefix, g, E, x_i: (prefix.exp() + change(g, E, x_i)).softmax(-1),
+        "these are log-probabilities changed, not yet normalised": lambda prefix, g, E, x_i: prefix + change(g, E, x_i)})
+
+
+def check_mean_of_sampled(f):
+    """f(prefix, suffix, K): mean, over K letters drawn from the prefix, of the target that weighs each by its suffix: (V,)."""
+    def mean(prefix, draw_from, weight, K, distinct=False):
+        total, V = torch.zeros(len(prefix)), len(prefix)
+        for drawn in itertools.product(range(V), repeat=K):
+            drawn = list(drawn)
+            if distinct and len(set(drawn)) < K:
+                continue
+            chance = draw_from[drawn].prod()
+            if distinct:
+                left = torch.tensor([1 - float(draw_from[drawn[:k]].sum()) for k in range(K)])
+                chance = chance / left.prod()
+            w = weight[drawn]
+            total += chance * torch.zeros(V).index_add(0, torch.tensor(drawn), w / w.sum())
+        return total
+
+    prefix, suffix = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.1, 0.4, 0.02]).log()
+    compare(f, [(prefix, suffix, 2), (prefix, suffix, 3), (prefix, suffix, 1)],
+            lambda p, s, K: mean(p, p.exp(), s.exp(), K), {
+        "this is the score itself; the weights are divided by their own sum, which biases the mean":
+            lambda p, s, K: (p + s).softmax(-1),
+        "this is the prefix, so every letter drawn counted alike: weigh each by its suffix": lambda p, s, K: p.exp(),
+        "the prefix counts twice, the letters are drawn from it already": lambda p, s, K:
+            mean(p, p.exp(), (p + s).exp(), K),
+        "letters are drawn from the prefix, not uniformly": lambda p, s, K:
+            mean(p, torch.full((len(p),), 1 / len(p)), s.exp(), K),
+        "uniform draws weighed by the whole score; here the prefix draws and the suffix weighs": lambda p, s, K:
+            mean(p, torch.full((len(p),), 1 / len(p)), (p + s).exp(), K),
+        "the same letter may be drawn again": lambda p, s, K: mean(p, p.exp(), s.exp(), K, distinct=True),
+        "in each draw the weights add up to 1, divide by their sum": lambda p, s, K: K * (p + s).exp(),
+        "in each draw the weights add up to 1, divide by their sum, not by K": lambda p, s, K: (p + s).exp(),
+        "the suffix weighs by its probability, not by its logarithm": lambda p, s, K: mean(p, p.exp(), s, K)})
+
+
+def check_tokens_a_position(f):
+    """f(b, K): teacher tokens that K candidates cost a position, on average over a block of b."""
+    def mean(tokens, before=1):
+        return lambda b, K: before + sum(tokens(b - 1 - i, K) for i in range(b)) / b
+
+    compare(f, [(4, 16), (8, 4), (1, 16), (64, 2)], mean(lambda follow, K: K * follow), {
+        "you forgot the pass that scores the prefixes": mean(lambda follow, K: K * follow, 0),
+        "the last token of the block is predicted, never read, so it is not run": mean(lambda follow, K: K * (follow + 1)),
+        "the candidate itself is run too": mean(lambda follow, K: K * max(0, follow - 1)),
+        "only what follows the candidate changes, the prefix is kept": lambda b, K: 1 + K * b,
+        "only what follows the candidate changes, the prefix is kept and the last token not run":
+            lambda b, K: 1 + K * (b - 1),
+        "each of the K candidates has a pass of its own": mean(lambda follow, K: follow),
+        "this is the whole block, a position is wanted": lambda b, K: b + K * b * (b - 1) / 2,
+        "the prefix pass serves all candidates, count it once": mean(lambda follow, K: K * follow + K - 1)})
 
 
 # ----------------------------------------------------------------------------------------------------------

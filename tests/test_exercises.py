@@ -1,5 +1,6 @@
 """Exercises: solutions pass, holes are told apart from errors, and each wrong answer hears what is wrong with it."""
 import ast
+import itertools
 import json
 import math
 import re
@@ -31,7 +32,7 @@ def exercises(path):
 
 
 def define(source):
-    names = {"math": math, "torch": torch}
+    names = {"itertools": itertools, "math": math, "torch": torch}
     exec(source, names)
     return next(f for name, f in names.items() if hasattr(checks, "check_" + name))
 
@@ -96,6 +97,39 @@ def whole_batch(said, given, n):
 
 def among(p, hidden):
     return torch.where(hidden, torch.distributions.Categorical(p).entropy(), 9)
+
+
+def scored(p, s, candidates):
+    keep = torch.zeros(len(p)).scatter(0, torch.as_tensor(candidates), 1.0)
+    return keep * (p + s).exp() / (keep * (p + s).exp()).sum()
+
+
+def one_hot_unless(p, s, x_i, candidates):
+    return scored(p, s, candidates) if x_i in candidates else torch.eye(len(p))[x_i]
+
+
+def variances(j):
+    c = j / j.sum(0)
+    return 1 - (j.sum(1) ** 2).sum(), (j.sum(0) * c ** 2).sum() - (j.sum(1) ** 2).sum()
+
+
+def drawn_mean(chance, weight, K):
+    """Of K letters drawn with these chances, the mean of each letter's share of the weight."""
+    places = torch.cartesian_prod(*[torch.arange(len(chance))] * K).view(-1, K)
+    share = weight[places] / weight[places].sum(1, keepdim=True) * chance[places].prod(1, keepdim=True)
+    return torch.zeros(len(chance)).index_add(0, places.flatten(), share.flatten())
+
+
+def apart(chance, weight):
+    """Two different letters."""
+    mean = torch.zeros(len(chance))
+    for v in range(len(chance)):
+        for w in range(len(chance)):
+            if v != w:
+                p = chance[v] * chance[w] / (1 - chance[v]) / (weight[v] + weight[w])
+                mean[v] += p * weight[v]
+                mean[w] += p * weight[w]
+    return mean
 
 
 def behind(x, y, b, say):
@@ -248,6 +282,71 @@ WRONG = {
         (lambda said, given, n: whole_batch(said, given, n), "n tokens of every row, not of the whole batch"),
         (lambda said, given, n: torch.where(given, 2, said).argsort(1) < n, "its argsort says which place"),
         (lambda said, given, n: ~given, "for .*you return")],
+    "score_by_hand": [
+        (lambda prefix, suffix: prefix.exp(), "the prefix alone"),
+        (lambda prefix, suffix: suffix.exp() / suffix.exp().sum(), "the suffix alone"),
+        (lambda prefix, suffix: prefix.exp() * suffix.exp(), "does not add up to 1.*should be .0.2874.*return .0.05"),
+        (lambda prefix, suffix: (prefix + suffix).log_softmax(-1), "these are logarithms, probabilities are wanted"),
+        (lambda prefix, suffix: prefix + suffix, "do not belong to probabilities"),
+        (lambda prefix, suffix: (prefix.exp() + suffix.exp()) / (1 + suffix.exp().sum()), "you add probabilities"),
+        (lambda prefix, suffix: (prefix - suffix).softmax(-1), "you divide by the suffix"),
+        (lambda prefix, suffix: (prefix.exp() * suffix.exp()).softmax(-1), "softmax of probabilities"),
+        (lambda prefix, suffix: torch.ones(3) / 3, "you return .0.3333, 0.3333, 0.3333.")],
+    "score_of_candidates": [
+        (lambda p, s, x_i, K: scored(p, s, p.topk(K).indices), "then the target is one-hot x_i"),
+        (lambda p, s, x_i, K: scored(p, s, [*p.topk(K).indices, x_i]), "one more candidate; that biases"),
+        (lambda p, s, x_i, K: scored(p, s, [*p.topk(K - 1 + (x_i in p.topk(K).indices)).indices, x_i]),
+         "takes a candidate's place"),
+        (lambda p, s, x_i, K: scored(p, s, p.topk(K).indices) * (x_i in p.topk(K).indices), "you return nothing"),
+        (lambda p, s, x_i, K: torch.eye(5)[x_i], "always one-hot"),
+        (lambda p, s, x_i, K: one_hot_unless(p, s, x_i, s.topk(K).indices), "not under the suffix"),
+        (lambda p, s, x_i, K: one_hot_unless(p, s, x_i, (p + s).topk(K).indices), "not known before they are chosen"),
+        (lambda p, s, x_i, K: (p + s).softmax(-1), "all letters are candidates"),
+        (lambda p, s, x_i, K: torch.where(one_hot_unless(p, s, x_i, p.topk(K).indices) == 1, 1.0, torch.where(
+            one_hot_unless(p, s, x_i, p.topk(K).indices) > 0, (p + s).softmax(-1), 0.0)), "not over all letters"),
+        (lambda p, s, x_i, K: one_hot_unless(p, s, x_i, (-p).topk(K).indices), "the least likely letters"),
+        (lambda p, s, x_i, K: p.topk(K).indices, "shape .5,. is wanted, not .3,.")],
+    "two_variances": [
+        (lambda j: torch.stack(variances(j)[::-1]), "the other way round"),
+        (lambda j: torch.stack([torch.tensor(1.0), (j.sum(0) * (j / j.sum(0)) ** 2).sum()]), "these are second moments"),
+        (lambda j: torch.stack([variances(j)[0], (j / j.sum(0)).var(1, unbiased=False).sum()]), "not all alike likely"),
+        (lambda j: torch.stack([variances(j)[0], ((j / j.sum(0) - j.sum(1, keepdim=True)) ** 2).mean(1).sum()]),
+         "not only in the mean"),
+        (lambda j: torch.stack(variances(j)) / 3, "do not average"),
+        (lambda j: torch.stack(variances(j)) ** 0.5, "standard deviations"),
+        (lambda j: torch.stack([variances(j)[0], variances(j)[0] - variances(j)[1]]), "left when the rest is known"),
+        (lambda j: torch.stack(variances(j.T)), "letters are the rows"),
+        (lambda j: [0.5, 0.1], "you return .0.5, 0.1.")],
+    "gradient_score": [
+        (lambda p, g, E, x_i: (E @ g).softmax(-1), "forgot the prefix"),
+        (lambda p, g, E, x_i: (p - E @ g).softmax(-1), "wrong sign"),
+        (lambda p, g, E, x_i: (p + E[x_i] @ g).softmax(-1), "this is the prefix alone"),
+        (lambda p, g, E, x_i: (p + E @ g).log_softmax(-1), "these are logarithms"),
+        (lambda p, g, E, x_i: (p + (E - E[x_i]) @ g).exp(), "does not add up to 1"),
+        (lambda p, g, E, x_i: (p.exp() + (E - E[x_i]) @ g).softmax(-1), "you added it to probabilities"),
+        (lambda p, g, E, x_i: p + (E - E[x_i]) @ g, "not yet normalised"),
+        (lambda p, g, E, x_i: g, "shape .3,. is wanted, not .2,.")],
+    "mean_of_sampled": [
+        (lambda p, s, K: (p + s).softmax(-1), "this is the score itself"),
+        (lambda p, s, K: p.exp(), "this is the prefix"),
+        (lambda p, s, K: drawn_mean(p.exp(), (p + s).exp(), K), "the prefix counts twice"),
+        (lambda p, s, K: drawn_mean(torch.ones(3) / 3, s.exp(), K), "not uniformly"),
+        (lambda p, s, K: drawn_mean(torch.ones(3) / 3, (p + s).exp(), K), "uniform draws weighed by the whole score"),
+        (lambda p, s, K: apart(p.exp(), s.exp()), "may be drawn again"),
+        (lambda p, s, K: K * (p + s).exp(), "divide by their sum:"),
+        (lambda p, s, K: (p + s).exp(), "not by K"),
+        (lambda p, s, K: drawn_mean(p.exp(), s, K), "not by its logarithm"),
+        (lambda p, s, K: s, "it should be .* you return .-2.303")],
+    "tokens_a_position": [
+        (lambda b, K: K * (b - 1) / 2, "forgot the pass that scores the prefixes"),
+        (lambda b, K: 1 + K * (b + 1) / 2, "predicted, never read"),
+        (lambda b, K: 1 + K * sum(range(b - 1)) / b, "the candidate itself"),
+        (lambda b, K: 1 + K * b, "only what follows the candidate changes, the prefix is kept:"),
+        (lambda b, K: 1 + K * (b - 1), "the last token not run"),
+        (lambda b, K: 1 + (b - 1) / 2, "a pass of its own"),
+        (lambda b, K: b + K * b * (b - 1) / 2, "this is the whole block"),
+        (lambda b, K: K + K * (b - 1) / 2, "count it once"),
+        (lambda b, K: 20, "for 4, 16 it should be 25, you return 20")],
     "opdlm_target": [
         (lambda teacher, x, y, b: teacher(x, x).exp(), "grades the real text x"),
         (lambda teacher, x, y, b: teacher(y, y).exp(), "not behind y's own"),
