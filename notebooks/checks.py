@@ -461,6 +461,203 @@ def check_tokens_a_position(f):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# 4_sdtt
+
+def check_shares_revealed(f):
+    """f(t, dt, k): the probability that a token still hidden is revealed, in each of k teacher steps of size dt from t."""
+    def at(t, dt, k, share):
+        return [share(t - j * dt, dt) for j in range(k)]
+
+    def clamped(now, dt):
+        return min(1.0, dt / now) if now > 1e-9 else 1.0
+
+    def or_none(now, dt):                                             # where no time is left: nothing
+        return dt / now if now >= dt else 0.0
+
+    compare(f, [(0.75, 0.25, 2), (0.3, 0.2, 2), (0.5, 0.25, 3), (1.0, 1.0, 1)],
+            lambda t, dt, k: at(t, dt, k, clamped), {
+        "dt is the share of all tokens; of those still hidden it is dt / t": lambda t, dt, k: [dt] * k,
+        "time moves on: the second step begins at t - dt, with fewer tokens hidden": lambda t, dt, k: [min(1.0, dt / t)] * k,
+        "this is the probability that a token stays hidden": lambda t, dt, k: at(t, dt, k, lambda n, d: 1 - clamped(n, d)),
+        "this is how many are revealed in all, up to each step": lambda t, dt, k:
+            [min(1.0, (j + 1) * dt / t) for j in range(k)],
+        "a probability is 1 at most: less time is left than dt": lambda t, dt, k:
+            [dt / (t - j * dt) if abs(t - j * dt) > 1e-9 else 1.0 for j in range(k)],
+        "where less time is left than dt all are revealed, not none": lambda t, dt, k: at(t, dt, k, or_none),
+        "time runs down, not up": lambda t, dt, k: [min(1.0, dt / (t + j * dt)) for j in range(k)]})
+
+
+def check_two_step_target(f):
+    """f(teacher, z, first, drawn): SDTT's target for k = 2, given what the first step reveals: (1, L, V)."""
+    teacher = dlm.HiddenMarkov.markov(3, 4, seed=1, sharp=1.5)
+    teacher.b = 4
+
+    def say(z):
+        return teacher(z, z).exp().float()
+
+    def later(z, first, drawn):
+        return say(torch.where(first, drawn, z))
+
+    def answer(of_first, of_rest):
+        return lambda z, first, drawn: hidden_rows(z, torch.where(first[..., None], of_first(z, first, drawn),
+                                                                  of_rest(z, first, drawn)))
+
+    def now(z, first, drawn):
+        return say(z)
+
+    def hidden_rows(z, p):
+        same_length = isinstance(p, torch.Tensor) and p.dim() > 1 and p.size(-2) == z.size(1)
+        return p[..., (z == 3)[0], :] if same_length else p
+
+    z, drawn = torch.tensor([[1, 3, 3, 3]]), torch.tensor([[1, 2, 0, 0]])
+    first, second = torch.tensor([[False, True, False, True]]), torch.tensor([[False, False, True, False]])
+    compare(functools.wraps(f)(lambda z, *case: hidden_rows(z, f(teacher, z, *case))),
+            [(z, first, drawn), (z, second, drawn), (z, first & False, drawn)], answer(now, later), {
+        "this is the target for k = 1, what the teacher says now; the second step begins in another state": answer(now, now),
+        "a token that the first step reveals keeps the distribution it was drawn from": answer(later, later),
+        "the other way round: revealed tokens have the first answer, the others the second": answer(later, now),
+        "the letter itself is no target, the distribution it was drawn from is":
+            answer(lambda z, first, drawn: torch.nn.functional.one_hot(drawn, 3).float(), later),
+        "only the tokens of `first` are revealed in the first step":
+            answer(now, lambda z, first, drawn: later(z, z == 3, drawn)),
+        "these are logarithms, probabilities are wanted": lambda *case: answer(now, later)(*case).log(),
+        "a mean of both answers; SDTT takes one draw of each token's target, the mean comes from many":
+            lambda z, first, drawn: hidden_rows(z, (say(z) + later(z, first, drawn)) / 2),
+        "keep the first axis, (1, L, V)": lambda *case: answer(now, later)(*case)[0]})
+
+
+def kl(p, q):
+    """Sum of p log(p/q); 0 log 0 is 0."""
+    return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1)
+
+
+def check_two_divergences(f):
+    """f(p, q): [reverse KL, total variation] of target p (V,) and student q (V,)."""
+    def tv(p, q):
+        return (p - q).abs().sum() / 2
+
+    def pair(one, other):
+        return lambda p, q: torch.stack([one(p, q), other(p, q)])
+
+    def reverse(p, q):
+        return kl(q, p)
+
+    p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.2, 0.3, 0.5])
+    compare(f, [(p, q), (torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.5, 0.5, 0.0]))], pair(reverse, tv), {
+        "your KL has its arguments swapped, this is forward KL": pair(kl, tv),
+        "your KL has the wrong sign": pair(lambda p, q: -reverse(p, q), tv),
+        "your KL is in bits, take the natural logarithm": pair(lambda p, q: reverse(p, q) / math.log(2), tv),
+        "this is a cross-entropy, the student's own entropy is missing": pair(lambda p, q: -torch.xlogy(q, p).sum(), tv),
+        "your total variation lacks the factor 1/2": pair(reverse, lambda p, q: 2 * tv(p, q)),
+        "your total variation squares the differences": pair(reverse, lambda p, q: (p - q).square().sum()),
+        "your total variation squares the differences, and halves them":
+            pair(reverse, lambda p, q: (p - q).square().sum() / 2),
+        "total variation is of probabilities, not of their logarithms":
+            pair(reverse, lambda p, q: (p.log() - q.log()).abs().sum() / 2),
+        "your total variation takes no absolute value, and differences add up to 0":
+            pair(reverse, lambda p, q: (p - q).sum() / 2),
+        "the other way round, reverse KL comes first": pair(tv, reverse),
+        "0 log 0 counts as 0 here, not as nan": pair(lambda p, q: (q * (q / p).log()).sum(), tv)})
+
+
+def check_jensen_shannon(f):
+    """f(p, q): the mean of KL(p || m) and KL(q || m), m the middle of p and q (V,), in nats."""
+    def right(p, q):
+        m = (p + q) / 2
+        return (kl(p, m) + kl(q, m)) / 2
+
+    p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.2, 0.3, 0.5])
+    compare(f, [(p, q), (torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.0, 0.3, 0.7]))], right, {
+        "your KL has its arguments swapped, m is the second one":
+            lambda p, q: (kl((p + q) / 2, p) + kl((p + q) / 2, q)) / 2,
+        "this is the mean of forward and reverse KL; both go to the middle m": lambda p, q: (kl(p, q) + kl(q, p)) / 2,
+        "this is the sum, take the mean": lambda p, q: 2 * right(p, q),
+        "one half of it, KL(q || m) counts as well": lambda p, q: kl(p, (p + q) / 2),
+        "one half of it, KL(p || m) counts as well": lambda p, q: kl(q, (p + q) / 2),
+        "one half of it, the other divergence is missing and this one is halved": lambda p, q: kl(p, (p + q) / 2) / 2,
+        "m is (p + q) / 2, not p + q": lambda p, q: (kl(p, p + q) + kl(q, p + q)) / 2,
+        "this is in bits, take the natural logarithm": lambda p, q: right(p, q) / math.log(2),
+        "this is its square root": lambda p, q: right(p, q).sqrt(),
+        "0 log 0 counts as 0 here, not as nan": lambda p, q:
+            ((p * (2 * p / (p + q)).log()).sum() + (q * (2 * q / (p + q)).log()).sum()) / 2})
+
+
+def check_average_of_weights(f):
+    """f(weights, decay): the exponential moving average, from row 0 on, after rows 1..n; weights (n+1, d) -> (d,)."""
+    def moving(weights, decay, start=None):
+        a = weights[0] if start is None else start
+        for w in weights[1:]:
+            a = decay * a + (1 - decay) * w
+        return a
+
+    weights = torch.tensor([[1.0, 0.0], [2.0, -1.0], [4.0, 3.0], [3.0, 5.0]])
+    compare(f, [(weights, 0.9), (weights[:2], 0.75), (weights, 0.0)], moving, {
+        "turned round, `decay` is the share of the old average that stays": lambda w, decay: moving(w, 1 - decay),
+        "these are the last weights, nothing was averaged": lambda w, decay: w[-1],
+        "these are the first weights, nothing moved": lambda w, decay: w[0],
+        "a plain mean; later weights count more": lambda w, decay: w.mean(0),
+        "the average begins at row 0, not at zero": lambda w, decay: moving(w, decay, 0 * w[0]),
+        "you counted row 0 again, it is where the average begins": lambda w, decay:
+            moving(torch.cat([0 * w[:1], w]), decay),
+        "only the last step: the average runs over all rows": lambda w, decay: decay * w[-2] + (1 - decay) * w[-1],
+        "only the last step: the average runs over all rows, not only the first and the last":
+            lambda w, decay: decay * w[0] + (1 - decay) * w[-1],
+        "no correction is wanted, the average begins at real weights": lambda w, decay:
+            moving(w, decay) / (1 - decay ** (len(w) - 1))})
+
+
+def check_cost_of_one_step(f):
+    """f(joint): KL(joint || the best that one step can write), nats, for two letters; joint (V, V)."""
+    def entropy(p):
+        return torch.special.entr(p).sum()
+
+    def product(joint):
+        return joint.sum(1, keepdim=True) * joint.sum(0)
+
+    def right(joint):
+        return kl(joint.flatten(), product(joint).flatten())
+
+    three = torch.tensor([[0.3, 0.1, 0.1], [0.05, 0.2, 0.0], [0.1, 0.05, 0.1]])
+    cases = [torch.tensor([[0.4, 0.1], [0.1, 0.4]]), three, torch.eye(3) / 3, torch.tensor([[0.12, 0.28], [0.18, 0.42]])]
+    compare(f, [(joint,) for joint in cases], right, {
+        "your KL has its arguments swapped, the joint is the target": lambda j: kl(product(j).flatten(), j.flatten()),
+        "this is the entropy of the pair; how much of it does the product miss?": entropy,
+        "this is the entropy of the product, subtract the entropy of the pair": lambda j: entropy(product(j)),
+        "this is the entropy of one letter given the other": lambda j: entropy(j) - entropy(j.sum(1)),
+        "wrong sign, a cost is not negative": lambda j: -right(j),
+        "this is in bits, take the natural logarithm": lambda j: right(j) / math.log(2),
+        "one step knows the letters' frequencies, not only how many letters there are":
+            lambda j: kl(j.flatten(), torch.full((j.numel(),), 1 / j.numel())),
+        "this is total variation, KL is wanted": lambda j: (j - product(j)).abs().sum() / 2,
+        "0 log 0 counts as 0 here, not as nan": lambda j: (j * (j / product(j)).log()).sum(),
+        "one step can write something of it, its cost is not the likeliest pair's": lambda j: -j.max().log()})
+
+
+def check_steps_of_each_round(f):
+    """f(first, last, k): [[steps of the teacher, steps of its student], ..] of every round, as lists."""
+    def rounds(first, last, k):
+        steps = [first]
+        while steps[-1] > last:
+            steps.append(steps[-1] // k)
+        return [[a, b] for a, b in zip(steps, steps[1:])]
+
+    compare(f, [(16, 2, 2), (64, 4, 4), (1024, 8, 2)], rounds, {
+        "one round too many, the last student takes `last` steps": lambda first, last, k: rounds(first, last // k, k),
+        "one round too few, the last student takes `last` steps": lambda first, last, k: rounds(first, last * k, k),
+        "the other way round, the teacher takes more steps": lambda first, last, k:
+            [[b, a] for a, b in rounds(first, last, k)],
+        "the teacher is the student of the round before, not always the first":
+            lambda first, last, k: [[first, b] for _, b in rounds(first, last, k)],
+        "a round makes k steps into one, it does not take k away": lambda first, last, k:
+            [[n, n - k] for n in range(first, last, -k)],
+        "these are the students' steps only": lambda first, last, k: [b for _, b in rounds(first, last, k)],
+        "these are the teachers' steps only": lambda first, last, k: [a for a, _ in rounds(first, last, k)],
+        "this is the number of rounds, the steps of each are wanted": lambda first, last, k: len(rounds(first, last, k)),
+        "k steps become one, not always two": lambda first, last, k: rounds(first, last, 2),
+        "from the many steps to the few": lambda first, last, k: rounds(first, last, k)[::-1]})
+
+
+# ----------------------------------------------------------------------------------------------------------
 # 5_opdlm
 
 def check_opdlm_target(f):

@@ -132,6 +132,29 @@ def apart(chance, weight):
     return mean
 
 
+def after(model, z, first, drawn):
+    later = torch.where(first, drawn, z)
+    return model(later, later).exp()
+
+
+def halved(first, last, k):
+    steps = [first // k ** n for n in range(20) if first // k ** n >= max(1, last)]
+    return [list(pair) for pair in zip(steps, steps[1:])]
+
+
+def kl(p, q):
+    return torch.xlogy(p, p).sum() - torch.xlogy(p, q).sum()
+
+
+def moving(w, decay):
+    powers = decay ** torch.arange(len(w) - 1, -1, -1)
+    return (powers[:, None] * torch.cat([w[:1], (1 - decay) * w[1:]])).sum(0)
+
+
+def product(j):
+    return j.sum(1)[:, None] * j.sum(0)[None]
+
+
 def behind(x, y, b, say):
     """say(text) (1, L, V) at each block of y behind x's earlier ones."""
     return torch.cat([say(torch.cat([x[:, :k], y[:, k:]], 1))[:, k:k + b] for k in range(0, x.size(1), b)], 1)
@@ -347,6 +370,91 @@ WRONG = {
         (lambda b, K: b + K * b * (b - 1) / 2, "this is the whole block"),
         (lambda b, K: K + K * (b - 1) / 2, "count it once"),
         (lambda b, K: 20, "for 4, 16 it should be 25, you return 20")],
+    "shares_revealed": [
+        (lambda t, dt, k: [dt] * k, "of those still hidden it is dt / t"),
+        (lambda t, dt, k: [min(1, dt / t)] * k, "time moves on"),
+        (lambda t, dt, k: [max(0, 1 - dt / (t - j * dt)) if t - j * dt > dt else 0 for j in range(k)], "stays hidden"),
+        (lambda t, dt, k: [min(1, (j + 1) * dt / t) for j in range(k)], "in all, up to each step"),
+        (lambda t, dt, k: [dt / (t - j * dt) for j in range(k)], "1 at most.*for 0.3, 0.2, 2.*you return .0.6667, 2."),
+        (lambda t, dt, k: [dt / (t - j * dt) if t - j * dt >= dt else 0 for j in range(k)], "not none"),
+        (lambda t, dt, k: [min(1, dt / (t + j * dt)) for j in range(k)], "time runs down"),
+        (lambda t, dt, k: [0.5] * k, "you return .0.5, 0.5.")],
+    "two_step_target": [
+        (lambda m, z, first, drawn: m(z, z).exp(), "this is the target for k = 1"),
+        (lambda m, z, first, drawn: after(m, z, first, drawn), "keeps the distribution it was drawn from"),
+        (lambda m, z, first, drawn: torch.where(first[..., None], after(m, z, first, drawn), m(z, z).exp()),
+         "the other way round"),
+        (lambda m, z, first, drawn: torch.where(first[..., None], torch.eye(3)[drawn], after(m, z, first, drawn)),
+         "the letter itself is no target"),
+        (lambda m, z, first, drawn: torch.where(first[..., None], m(z, z).exp(), after(m, z, z == 3, drawn)),
+         "only the tokens of `first`"),
+        (lambda m, z, first, drawn: torch.where(first[..., None], m(z, z), after(m, z, first, drawn).log()),
+         "these are logarithms"),
+        (lambda m, z, first, drawn: (m(z, z).exp() + after(m, z, first, drawn)) / 2, "a mean of both"),
+        (lambda m, z, first, drawn: torch.where(first[..., None], m(z, z).exp(), after(m, z, first, drawn))[0],
+         "keep the first axis"),
+        (lambda m, z, first, drawn: torch.ones(1, 4, 3) / 3, "it should be .*you return")],
+    "steps_of_each_round": [
+        (lambda first, last, k: halved(first, last // k, k), "one round too many"),
+        (lambda first, last, k: halved(first, last * k, k), "one round too few"),
+        (lambda first, last, k: [r[::-1] for r in halved(first, last, k)], "the other way round"),
+        (lambda first, last, k: [[first, r[1]] for r in halved(first, last, k)], "not always the first"),
+        (lambda first, last, k: [[n, n - k] for n in range(first, last, -k)], "it does not take k away"),
+        (lambda first, last, k: [r[1] for r in halved(first, last, k)], "students' steps only"),
+        (lambda first, last, k: [r[0] for r in halved(first, last, k)], "teachers' steps only"),
+        (lambda first, last, k: len(halved(first, last, k)), "the number of rounds"),
+        (lambda first, last, k: halved(first, last, 2), "not always two.*for 64, 4, 4"),
+        (lambda first, last, k: halved(first, last, k)[::-1], "from the many steps to the few"),
+        (lambda first, last, k: [[first, last]], "you return ..16, 2..")],
+    "two_divergences": [
+        (lambda p, q: [(p * (p / q).log()).sum(), (p - q).abs().sum() / 2],
+         "your KL has its arguments swapped, .*should be .0.6758, 0.5., you return .0.6349, 0.5."),
+        (lambda p, q: [-(q * (q / p).log()).sum(), (p - q).abs().sum() / 2], "wrong sign"),
+        (lambda p, q: [(q * (q / p).log2()).sum(), (p - q).abs().sum() / 2], "in bits"),
+        (lambda p, q: [-(q * p.log()).sum(), (p - q).abs().sum() / 2], "cross-entropy"),
+        (lambda p, q: [torch.xlogy(q, q / p).sum(), (p - q).abs().sum()], "lacks the factor 1/2"),
+        (lambda p, q: [torch.xlogy(q, q / p).sum(), (p - q).square().sum()], "squares the differences:"),
+        (lambda p, q: [torch.xlogy(q, q / p).sum(), (p - q).square().sum() / 2], "and halves them"),
+        (lambda p, q: [torch.xlogy(q, q / p).sum(), (p / q).log().abs().sum() / 2], "not of their logarithms"),
+        (lambda p, q: [torch.xlogy(q, q / p).sum(), (p - q).sum() / 2], "no absolute value"),
+        (lambda p, q: [(p - q).abs().sum() / 2, torch.xlogy(q, q / p).sum()], "reverse KL comes first"),
+        (lambda p, q: [(q * (q / p).log()).sum(), (p - q).abs().sum() / 2], "0 log 0"),
+        (lambda p, q: [0.5, 0.5], "you return .0.5, 0.5.")],
+    "jensen_shannon": [
+        (lambda p, q: (kl((p + q) / 2, p) + kl((p + q) / 2, q)) / 2, "your KL has its arguments swapped"),
+        (lambda p, q: (kl(p, q) + kl(q, p)) / 2, "mean of forward and reverse"),
+        (lambda p, q: kl(p, (p + q) / 2) + kl(q, (p + q) / 2), "this is the sum"),
+        (lambda p, q: kl(p, (p + q) / 2), "KL.q .. m. counts as well"),
+        (lambda p, q: kl(q, (p + q) / 2), "KL.p .. m. counts as well"),
+        (lambda p, q: kl(p, (p + q) / 2) / 2, "this one is halved"),
+        (lambda p, q: (kl(p, p + q) + kl(q, p + q)) / 2, "not p . q:"),
+        (lambda p, q: (kl(p, (p + q) / 2) + kl(q, (p + q) / 2)) / 2 / math.log(2), "in bits"),
+        (lambda p, q: ((kl(p, (p + q) / 2) + kl(q, (p + q) / 2)) / 2) ** 0.5, "square root"),
+        (lambda p, q: (p * (2 * p / (p + q)).log() + q * (2 * q / (p + q)).log()).sum() / 2, "0 log 0"),
+        (lambda p, q: 0.2, "it should be 0.1514, you return 0.2")],
+    "average_of_weights": [
+        (lambda w, decay: moving(w, 1 - decay), "turned round"),
+        (lambda w, decay: w[-1], "nothing was averaged"),
+        (lambda w, decay: w[0], "nothing moved"),
+        (lambda w, decay: w.mean(0), "a plain mean"),
+        (lambda w, decay: moving(torch.cat([w[:1] * 0, w[1:]]), decay), "not at zero"),
+        (lambda w, decay: moving(torch.cat([w[:1] * 0, w]), decay), "counted row 0 again"),
+        (lambda w, decay: moving(w[-2:], decay), "only the last step: the average runs over all rows:"),
+        (lambda w, decay: decay * w[0] + (1 - decay) * w[-1], "not only the first and the last"),
+        (lambda w, decay: moving(w, decay) / (1 - decay ** 3), "no correction is wanted"),
+        (lambda w, decay: w, "shape .2,. is wanted")],
+    "cost_of_one_step": [
+        (lambda j: kl(product(j).flatten(), j.flatten()), "arguments swapped.*should be 0.1927, you return 0.2231"),
+        (lambda j: -torch.xlogy(j, j).sum(), "the entropy of the pair; how much"),
+        (lambda j: -torch.xlogy(product(j), product(j)).sum(), "the entropy of the product"),
+        (lambda j: -torch.xlogy(j, j / j.sum(1, keepdim=True)).sum(), "one letter given the other"),
+        (lambda j: -torch.xlogy(j, j / product(j)).sum(), "wrong sign"),
+        (lambda j: torch.xlogy(j, j / product(j)).sum() / math.log(2), "in bits"),
+        (lambda j: torch.xlogy(j, j * j.numel()).sum(), "letters' frequencies"),
+        (lambda j: (j - product(j)).abs().sum() / 2, "total variation"),
+        (lambda j: (j * (j / product(j)).log()).sum(), "0 log 0"),
+        (lambda j: -j.max().log(), "the likeliest pair"),
+        (lambda j: 0.1, "it should be 0.1927, you return 0.1")],
     "opdlm_target": [
         (lambda teacher, x, y, b: teacher(x, x).exp(), "grades the real text x"),
         (lambda teacher, x, y, b: teacher(y, y).exp(), "not behind y's own"),
