@@ -71,7 +71,6 @@ class Options:
     first: int = option(0, "steps a block of rollouts, or of sdtt's first teacher; 0: one a token", at_least=0)
     last: int = option(1, "sdtt: steps a block that the last student takes; each round divides them by --k", at_least=1)
     k: int = option(2, "sdtt: steps of the teacher that become one of the student", at_least=2)
-    estimators: bool = option(False, "train nothing: compare the estimators of the concrete score at this --block")
     seed: int = option(0, "seed of batches, masks and random weights", at_least=0)
     out: str = option("", "folder of the run; empty: runs/ and a name made of the options")
     device: str = option("auto", "auto, cuda, mps or cpu")
@@ -218,55 +217,6 @@ def inference_gap(student, teacher, x):
         return visited, dlm.loss(student, x, dlm.hide(x, b, student.V), dlm.opdlm(teacher, x, x, b)).item()
 
 
-def gradient_variance(student, x, z, p):
-    """Trace of the covariance of one text's gradient over texts x (n, L), at states z with targets p (n, L, V)."""
-    def gradient(*text):
-        grads = torch.autograd.grad(dlm.loss(student, *text), list(student.parameters()))
-        return torch.cat([g.flatten() for g in grads])
-    return torch.stack([gradient(*t) for t in zip(x.split(1), z.split(1), p.split(1))]).var(0).sum().item()
-
-
-def compare_estimators(o, folder, teacher, student, text):
-    """Every estimator of c_i beside the exact one, and the variance it leaves in the student's gradient: table, figure."""
-    b, device = student.b, teacher.embedding.weight.device
-    x = dlm.consecutive(text.parts["test"], teacher.L, max(4, 256 // b)).to(device)    # exact costs about b^2 a text
-    with dlm.seeded(o.seed):
-        z = dlm.hide(x, b, teacher.V)
-    texts, everywhere, one_hot = x.split(16), torch.arange(teacher.L, device=device), dlm.one_hot(x, z, teacher.V)
-    ways = {"exact": dlm.ESTIMATORS["exact"], "grad": dlm.ESTIMATORS["grad"], "prefix": dlm.ESTIMATORS["prefix"]}
-    for name in ("topk", "grad+topk"):
-        ways.update({f"{name}, K={K}": {**dlm.ESTIMATORS[name], "K": K} for K in (4, 8, 16, 32)})
-    print(f"all positions of {len(x)} held-out texts, blocks of {b}; variance: of one text's gradient, one-hot is 1\n"
-          f"{'estimator':<16} {'teacher tokens':>14} {'seconds':>8} {'KL':>7} {'TV':>6} {'entropy':>8} {'variance':>9}", flush=True)
-    rows, exact, unit = [], None, gradient_variance(student, x, z, one_hot)
-    for name, way in [*ways.items(), ("one-hot", None)]:
-        start = time.time()
-        with dlm.counting(teacher) as count:
-            p = one_hot if way is None else torch.cat(
-                [dlm.concrete_score(teacher, t, everywhere.expand(len(t), -1), b, **way) for t in texts]).exp()
-        seconds, exact = time.time() - start, p.log() if exact is None else exact
-        r = {"estimator": name, "tokens": count["slots"] / x.numel(), "seconds": seconds,
-             "kl": dlm.divergence(p, exact).mean().item(), "tv": dlm.divergence(p, exact, "tvd").mean().item(),
-             "entropy": torch.special.entr(p).sum(-1).mean().item(), "variance": gradient_variance(student, x, z, p) / unit}
-        rows.append(r)
-        print(f"{name:<16} {r['tokens']:>14.1f} {r['seconds']:>8.2f} {r['kl']:>7.3f} {r['tv']:>6.3f} {r['entropy']:>8.3f} "
-              f"{r['variance']:>9.3f}", flush=True)
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.5))
-    for ax, key, label in zip(axes, ("tv", "variance"), ("total variation from exact", "gradient variance, one-hot = 1")):
-        for r in rows[1:]:
-            at, below = (max(r["tokens"], 1), r[key]), r["estimator"].startswith(("topk", "prefix"))
-            ax.plot(*at, "ko" if below else "ks")
-            ax.annotate(r["estimator"], at, textcoords="offset points", xytext=(0, -12 if below else 6),
-                        annotation_clip=False, fontsize=7, ha="right" if below else "left")
-        ax.set(xlabel="teacher tokens for a position", ylabel=label, xscale="log",
-               title=f"TCS estimators, blocks of {b}")
-        ax.margins(0.4, 0.25)
-    train_teacher.save_figure(fig, folder / "estimators.png")
-    dlm.write_json(folder / "metrics.json", {"options": dataclasses.asdict(o), "block": b, "texts": len(x), "rows": rows,
-                                             "corpus": {"name": text.name, "sha256": text.sha256},
-                                             "versions": dlm.versions()})
-
-
 def draw_quality(known, students, path):
     """Judge NLL and entropy against network calls: held-out text and AR teacher as lines, {name: rows} of students."""
     calls = sorted({r["calls"] for rows in students.values() for r in rows})
@@ -344,7 +294,7 @@ def every(o):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     o, ckpt = train_teacher.resumed(dlm.parse(Options, argv, __doc__), argv)
-    if ckpt or o.estimators or o.method not in ("all", "sdtt"):
+    if ckpt or o.method not in ("all", "sdtt"):
         run(o, ckpt)
     else:
         every(o) if o.method == "all" else rounds(o)
@@ -352,19 +302,17 @@ def main(argv=None):
 
 def run(o, ckpt):
     start, device = time.time(), dlm.pick_device(o.device)
-    own = METHODS["tcs" if o.estimators else o.method]
+    own = METHODS[o.method]
     states, target, o.lr = o.states or own[0], o.target or own[1], o.lr or own[2]
     if o.divergence == "reverse" and target not in ("prefix", "sdtt"):
         raise UserError("--divergence reverse: infinite where the target is one-hot; use forward, tvd or mse")
     if states == "rollout" and target != "prefix" and (target == "onehot" or o.whole < 1):
         raise UserError(f"--target {target}: " + ("a student's own text teaches it nothing; use prefix" if target == "onehot"
                         else "scored on rollouts of whole texts only; add --whole 1, or use prefix"))
-    what = "estimators" if o.estimators else o.method if (states, target) == own[:2] else f"{states}-{target}"
+    what = o.method if (states, target) == own[:2] else f"{states}-{target}"
     folder = train_teacher.folder_of(o, train_teacher.run_name(o, what, f"-b{o.block}"))
     path, teacher, tokenizer, its_options, student = load_models(o, device)
     text = dlm.load_text(o.data, tokenizer, teacher.L)
-    if o.estimators:
-        return compare_estimators(o, folder, teacher, student, text)
     judge_path = ar_model(o, its_options.seed + 1, "judge", its_options)
     judge, its_tokenizer, _ = dlm.load(judge_path, "the judge,", device)
     same_vocabulary(f"--teacher {path}", tokenizer, teacher, f"the judge, {judge_path}", its_tokenizer, judge)

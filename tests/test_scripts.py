@@ -337,15 +337,6 @@ def test_block_need_not_divide_the_context_from_scratch(call):
     assert metrics("run")["block"] == 5
 
 
-def test_comparing_estimators_trains_nothing(call):
-    before = files("runs")
-    assert call("distill", f"{TEXT} --estimators --block 4 --out compared")[0] == 0
-    rows = {r["estimator"]: r for r in metrics("compared")["rows"]}
-    assert rows["exact"]["kl"] == pytest.approx(0, abs=1e-5) and rows["one-hot"]["tv"] > rows["topk, K=16"]["tv"] >= 0
-    assert Path("compared/estimators.png").read_bytes().startswith(b"\x89PNG")
-    assert not Path("compared/checkpoint.pt").exists() and files("runs") == before
-
-
 def test_what_is_missing_is_trained_first(home, call, monkeypatch):
     shutil.move("runs", "kept")
     asked = []
