@@ -43,7 +43,7 @@ FLOOR = 0.9         # of held-out text's entropy: what a student writes should n
 @dataclass
 class Options:
     method: str = option("all", "a pair of states and target; all: tcs, sdtt from its student, and opdlm, with a half, a "
-                         "tenth and a quarter of --steps", choices=("all", *METHODS))
+                         "tenth and a quarter of --steps, and half of --texts", choices=("all", *METHODS))
     states: str = option("", "data: masked training text; teacher: masked texts by the teacher; rollout: what "
                          "the student writes and the states on the way; empty: the method's",
                          choices=("", *STATES))
@@ -188,7 +188,7 @@ def evaluate(model, teacher, judge, text, device, most, order):
             ("student, threshold 0.9", model, {"threshold": 0.9})]
     ways += [(f"student, {n} steps, {order}", model, {"steps": n, "order": order}) for n in STEPS if n <= most]
     rows, samples = [{"what": "held-out text", **dlm.judge_samples(judge, held, text)}], {}
-    passages = dlm.passages(text)
+    passages = dlm.passages(text, 256)
     for what, who, way in ways:
         with dlm.seeded(0):
             row, x = dlm.judge_sampling(who, JUDGED, judge, text, **way)
@@ -273,7 +273,8 @@ def every(o):
     print("a teacher, a judge, then TCS, SDTT and OPDLM: about 7 minutes on 2 cores with the defaults", flush=True)
     name = o.out or f"runs/{train_teacher.run_name(o, 'all', f'-b{o.block}')}"
     folder = {m: f"{o.out}-{m}" if o.out else name.replace("all", m, 1) for m in ALL}
-    part = {m: dataclasses.replace(o, method=m, steps=max(1, o.steps // share)) for m, share in ALL.items()}
+    part = {m: dataclasses.replace(o, method=m, steps=max(1, o.steps // share), texts=max(16, o.texts // 2))
+            for m, share in ALL.items()}
     tcs = finish(part["tcs"], folder["tcs"])
     sdtt = rounds(dataclasses.replace(part["sdtt"], student=tcs, out=folder["sdtt"]))
     opdlm = finish(part["opdlm"], folder["opdlm"])
