@@ -270,7 +270,7 @@ def every(o):
     for name in ("states", "target"):
         if getattr(o, name):
             raise UserError(f"--{name} {getattr(o, name)}: every method has its own; name one with --method")
-    print("a teacher, a judge, then TCS, SDTT and OPDLM: about 7 minutes on 2 cores with the defaults", flush=True)
+    print("a teacher, a judge, then TCS, SDTT and OPDLM: 7 to 8 minutes on 2 cores with the defaults", flush=True)
     name = o.out or f"runs/{train_teacher.run_name(o, 'all', f'-b{o.block}')}"
     folder = {m: f"{o.out}-{m}" if o.out else name.replace("all", m, 1) for m in ALL}
     part = {m: dataclasses.replace(o, method=m, steps=max(1, o.steps // share), texts=max(16, o.texts // 2))
