@@ -1,11 +1,15 @@
 """Notebooks run from top to bottom with a fast setting, and are committed as they ran in full."""
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import dlm
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
@@ -29,3 +33,12 @@ def test_is_committed_as_it_ran(path):
     assert [c["execution_count"] for c in cells] == list(range(1, len(cells) + 1))
     assert not any(o["output_type"] == "error" for c in cells for o in c["outputs"])
     assert "/tmp" not in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_shows_the_functions_as_they_stand(path):
+    for c in code_cells(path):
+        if "getsource" in "".join(c["source"]):
+            shown = "".join("".join(o.get("text", "")) for o in c["outputs"])
+            names = re.findall(r"^(?:def|class) (\w+)", shown, re.MULTILINE)
+            assert names and all(inspect.getsource(getattr(dlm, name)).rstrip() in shown for name in names), names
