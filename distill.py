@@ -198,8 +198,15 @@ def evaluate(model, teacher, judge, text, device, most, order):
     return rows, samples
 
 
+def in_order(rows, order):
+    """The rows of a student that writes in this order."""
+    return [r for r in rows if r.get("order") == order]
+
+
 def show(rows, b):
-    print(f"\n{JUDGED} texts; steps are per block of {b:<5} calls seconds  judge NLL  entropy  bigrams  known words  last word")
+    """Prints the table."""
+    print(f"\n{JUDGED} texts; steps are per block of {b:<5} calls seconds  judge NLL  entropy  bigrams  known words  "
+          "last word")
     for r in rows:
         print(f"{r['what']:<35} {r.get('calls', 0):>8.1f} {r.get('seconds', 0):>7.1f} {r['judge_nll']:>10.3f} "
               f"{r['entropy']:>8.3f} {r['bigram_entropy']:>8.3f} {r['known_words']:>12.1%}"
@@ -207,12 +214,12 @@ def show(rows, b):
 
 
 @torch.no_grad()
-def inference_gap(student, teacher, x):
+def inference_gap(student, teacher, x, steps=0, order="spread"):
     """KL from what the AR teacher says of the next token to what the student says, nats per token: on the states the
-    student visits when it writes blocks behind texts x (n, L), and on random masks of x."""
+    student visits when it writes blocks behind texts x (n, L) in this order, and on random masks of x."""
     b = student.b
     with dlm.seeded(0):
-        y, z = dlm.rollout(student, x)
+        y, z = dlm.rollout(student, x, steps, order)
         visited = dlm.loss(student, x, z, dlm.opdlm(teacher, x, y, b)).item()
         return visited, dlm.loss(student, x, dlm.hide(x, b, student.V), dlm.opdlm(teacher, x, x, b)).item()
 
@@ -271,22 +278,22 @@ def every(o):
         if getattr(o, name):
             raise UserError(f"--{name} {getattr(o, name)}: every method has its own; name one with --method")
     print("a teacher, a judge, then TCS, SDTT and OPDLM: 7 to 8 minutes on 2 cores with the defaults", flush=True)
-    name = o.out or f"runs/{train_teacher.run_name(o, 'all', f'-b{o.block}')}"
-    folder = {m: f"{o.out}-{m}" if o.out else name.replace("all", m, 1) for m in ALL}
-    part = {m: dataclasses.replace(o, method=m, steps=max(1, o.steps // share), texts=max(16, o.texts // 2))
+    folder = {m: f"{o.out}-{m}" if o.out else f"runs/{train_teacher.run_name(o, m, f'-b{o.block}')}" for m in ALL}
+    part = {m: dataclasses.replace(o, method=m, steps=max(1, o.steps // share), texts=max(16, o.texts // 2), out=folder[m])
             for m, share in ALL.items()}
     tcs = finish(part["tcs"], folder["tcs"])
-    sdtt = rounds(dataclasses.replace(part["sdtt"], student=tcs, out=folder["sdtt"]))
+    sdtt = rounds(dataclasses.replace(part["sdtt"], student=tcs))
     opdlm = finish(part["opdlm"], folder["opdlm"])
 
     table = {f: json.loads(Path(f, "metrics.json").read_text())["table"] for f in (tcs, *sdtt.values(), opdlm)}
-    rows = {f: [r for r in table[f] if r.get("order") == o.order] for f in table}
+    rows = {f: in_order(table[f], o.order) for f in table}
     students = {"TCS": rows[tcs], "SDTT": [r for n, f in sorted(sdtt.items()) for r in rows[f] if r["steps"] == n],
                 "OPDLM": rows[opdlm]}
     students = {who: [{**r, "what": r["what"].replace("student", who)} for r in its] for who, its in students.items()}
     known = table[tcs][:2]                                        # held-out text and the AR teacher
     lines = known + sum(students.values(), [])
     show(lines, o.block or "all")
+    name = o.out or f"runs/{train_teacher.run_name(o, 'all', f'-b{o.block}')}"
     draw_quality(known, students, Path(name, "quality.png"))
     dlm.write_json(Path(name, "metrics.json"), {"options": dataclasses.asdict(o), "table": lines})
     print(f"{name}: metrics.json and quality.png of them all")
@@ -331,14 +338,15 @@ def run(o, ckpt):
     tokens = o.steps * ((1 - o.whole) * begin["slots"] + o.whole * end["slots"])
     trainer = train_teacher.fit(o, folder, student, text, batch_loss, o.lr, ckpt, folder.name, validate)
     model = trainer.averaged()
-    rows, samples = evaluate(model, teacher, judge, text, device, min(model.b, o.first or model.b), o.order)
-    gap = None if model.L % model.b else inference_gap(model, teacher, dlm.consecutive(text.parts["test"], model.L, 64).to(device))
+    most, held = min(model.b, o.first or model.b), dlm.consecutive(text.parts["test"], model.L, 64).to(device)
+    rows, samples = evaluate(model, teacher, judge, text, device, most, o.order)
+    gap = None if model.L % model.b else inference_gap(model, teacher, held, most, o.order)
     if gap:
         print(f"\nKL from the AR teacher: {gap[0]:.3f} nats per token on states that the student visits, {gap[1]:.3f} on "
               "random masks")
     train_teacher.report(o, folder, trainer, model, text, teacher=str(path), states=states, target=target, gap=gap,
                          teacher_seconds=prepared, student_tokens=tokens, table=rows, samples=samples)
-    draw_quality(rows[:2], {f"student, {o.order} order": rows[4:]}, folder / "quality.png")
+    draw_quality(rows[:2], {f"student, {o.order} order": in_order(rows, o.order)}, folder / "quality.png")
     for who in ("AR teacher", rows[-1]["what"]):
         print(f"\n{who}, the first four texts of seed 0:")
         for t in samples[who]:

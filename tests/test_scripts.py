@@ -608,6 +608,14 @@ def test_the_gap_between_a_model_and_itself_is_none(world):
     assert min(distill.inference_gap(other, teacher, x)) > 1e-3
 
 
+def test_the_gap_is_measured_on_the_states_of_the_students_own_sampler(world, monkeypatch):
+    (teacher, _, _), (student, _, _) = dlm.load(world / AR, ""), dlm.load(world / TCS, "")
+    ways, rollout = [], dlm.rollout
+    monkeypatch.setattr(dlm, "rollout", lambda model, x, *way: ways.append(way) or rollout(model, x, *way))
+    distill.inference_gap(student, teacher, torch.randint(teacher.V, (8, 16)), 2, "left")
+    assert ways == [(2, "left")]
+
+
 def test_student_tokens_are_counted(call, monkeypatch):
     """Slots of the student's network in 3 steps of 8 texts of 16: plain, 16 noisy and 12 clean ones; rollouts have 4 calls
     more of the noisy ones, and the first of the clean ones too; whole ones as many as generation needs."""
