@@ -70,6 +70,11 @@ def drawn(b, L=6):
     return ["".join("#" if a else "." for a in row) for row in rows]
 
 
+def test_norm_is_rms_norm():
+    h = torch.randn(3, 4, 8)
+    torch.testing.assert_close(dlm.norm(h), F.rms_norm(h, (8,), eps=0.0))
+
+
 def test_mask_causal():
     assert drawn(1) == ["#.....",
                         "##....",
