@@ -277,13 +277,13 @@ def attends(pos_q, clean_q, pos_k, clean_k, b):
 
 def norm(h):
     """RMSNorm (1910.07467) without a gain, in three operations where F.rms_norm takes twenty."""
-    return h * (h.size(-1) ** 0.5 / torch.linalg.vector_norm(h, dim=-1, keepdim=True))
+    return h / (torch.linalg.vector_norm(h, dim=-1, keepdim=True) * h.size(-1) ** -0.5)
 
 
 def rotate(x, rope):
-    """Rotary positions (2104.09864). x (B, H, T, D); rope (2, B or 1, 1, T, D/2): cosines and sines."""
+    """Rotary positions (2104.09864). x (.., B, H, T, D); rope (2, B or 1, 1, T, D): cosines, and sines with their signs."""
     x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * rope[0] + x2 * rope[1], x2 * rope[0] - x1 * rope[1]], dim=-1).to(x.dtype)
+    return torch.addcmul(x * rope[0], torch.cat([x2, x1], dim=-1), rope[1]).to(x.dtype)
 
 
 class Layer(nn.Module):
@@ -336,7 +336,8 @@ class Transformer(nn.Module):
         nn.init.zeros_(self.head.weight)
         D = c.n_embd // c.n_head
         angles = torch.arange(c.L)[:, None] / 10000 ** (torch.arange(0, D, 2) / D)
-        self.register_buffer("rope", torch.stack([angles.cos(), angles.sin()]), persistent=False)  # (2, L, D/2)
+        cos, sin = angles.cos().repeat(1, 2), torch.cat([angles.sin(), -angles.sin()], dim=1)
+        self.register_buffer("rope", torch.stack([cos, sin]), persistent=False)            # (2, L, D)
 
     def run(self, e, pos, mask, past=None, done=0):
         """Embeddings e (B, T, d) at positions pos (T,) or (B, T) -> log-probabilities (B, T, V); fills `past`."""

@@ -471,8 +471,9 @@ def test_top_k_and_top_p_keep_rows_apart():
 
 
 def test_confidence_takes_the_surest_position_first():
-    model = random_model(4)
-    states = list(dlm.sample(model, torch.full((50, L), MASK), 4, "confidence"))
+    model, z = random_model(4), torch.full((50, L), MASK)
+    z[:, 1] = torch.arange(50) % V                          # from all-mask every place is as sure
+    states = list(dlm.sample(model, z, 3, "confidence"))
     for before, after in zip(states, states[1:]):
         sure = model(before, before).amax(-1).masked_fill(before != MASK, -math.inf)
         changed = before != after
