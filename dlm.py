@@ -297,18 +297,19 @@ class Layer(nn.Module):
         nn.init.zeros_(self.proj.weight)  # each layer starts as the identity
         nn.init.zeros_(self.down.weight)
 
-    def forward(self, h, rope, mask, past=None, done=0):
+    def forward(self, h, rope, mask, past=None, done=0, read=0):
         """h (B, T, d); mask (.., T, K), "causal" or None for all. past (2, B, H, room, D): keys and values; the first
-        `done` are there, these T are written behind them, and K = done + T."""
+        `done` are there, these T are written behind them, and K = done + T. read: only so many, the last, go on; 0: all."""
         B, T, d = h.shape
         qkv = self.qkv(norm(h)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         (q, k), v = rotate(norm(qkv[:2].contiguous()), rope), qkv[2]  # QK-norm: lets the learning rate be high
         if past is not None:
             past[:, :, :, done:done + T] = torch.stack([k, v])
             k, v = past[:, :, :, :done + T].to(q.dtype)
-        causal = isinstance(mask, str)
-        y = F.scaled_dot_product_attention(q, k, v, None if causal else mask, is_causal=causal)
-        h = h + F.dropout(self.proj(y.transpose(1, 2).reshape(B, T, d)), self.dropout, self.training)
+        q, h, causal = q[:, :, -read:], h[:, -read:], isinstance(mask, str)
+        mask = None if causal or mask is None else mask[..., -read:, :]
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+        h = h + F.dropout(self.proj(y.transpose(1, 2).reshape(h.shape)), self.dropout, self.training)
         y = self.down(self.up(norm(h)).relu_().square())
         return h + F.dropout(y, self.dropout, self.training)
 
@@ -339,12 +340,14 @@ class Transformer(nn.Module):
         cos, sin = angles.cos().repeat(1, 2), torch.cat([angles.sin(), -angles.sin()], dim=1)
         self.register_buffer("rope", torch.stack([cos, sin]), persistent=False)            # (2, L, D)
 
-    def run(self, e, pos, mask, past=None, done=0):
-        """Embeddings e (B, T, d) at positions pos (T,) or (B, T) -> log-probabilities (B, T, V); fills `past`."""
+    def run(self, e, pos, mask, past=None, done=0, read=0):
+        """Embeddings e (B, T, d) at positions pos (T,) or (B, T) -> log-probabilities (B, T, V); fills `past`.
+
+        read: of the last so many slots only, which is all that the last layer must compute; 0: of all."""
         h = norm(e)
         rope = self.rope[:, pos].view(2, -1, 1, e.size(1), self.rope.size(-1))
         for i, layer in enumerate(self.layers):
-            h = layer(h, rope, mask, None if past is None else past[i], done)
+            h = layer(h, rope, mask, None if past is None else past[i], done, read if layer is self.layers[-1] else 0)
         return F.log_softmax(self.head(norm(h)), dim=-1)   # float32 also under autocast
 
     def room(self, B, n):
@@ -359,7 +362,7 @@ class Transformer(nn.Module):
             return self.run(self.embedding(self.shift(x)), pos, "causal")
         tokens = torch.cat([x[:, :len(pos) - L], z], dim=1)
         mask = None if b >= L else attends(pos, clean, pos, clean, b)
-        return self.run(self.embedding(tokens), pos, mask)[:, -L:]
+        return self.run(self.embedding(tokens), pos, mask, read=L)
 
     def shift(self, x):
         return F.pad(x[:, :-1], (1, 0), value=self.V)  # (B, L): [MASK] x_0 .. x_{L-2}
@@ -376,22 +379,29 @@ class Transformer(nn.Module):
         new = torch.where((pos % b == 0)[:, None], old, F.pad(e[:, :-1], (0, 0, 1, 0)))
         pos = pos.repeat(2)
         mask = attends(pos, clean, pos, clean, b) & (pos <= pos[:, None])
-        return self.run(torch.cat([old, new], dim=1), pos, mask)[:, L:]
+        return self.run(torch.cat([old, new], dim=1), pos, mask, read=L)
 
-    def decode(self, x, z, start, stop, past):
+    def decode(self, x, z, start, stop, past, most=None):
         """log p of tokens start..stop-1, one block or several, z's, given x before each -> (B, stop-start, V), new past.
 
-        past: keys, values and how many clean slots of them are done (None at first). Equal to the uncached model(x, z)."""
-        b, L = self.b, x.size(1)
+        past: keys, values and how many clean slots of them are done (None at first). Equal to the uncached model(x, z).
+        most: in one block, the largest number of hidden tokens in a row. Then no others need be read, and get zeros."""
+        b, L, size = self.b, x.size(1), stop - start
         noisy, n = (z[:, :0], stop) if b == 1 else (z[:, start:stop], (stop - 1) // b * b)       # n clean slots
         pos = torch.cat([torch.arange(n, device=x.device), torch.arange(start, start + noisy.size(1), device=x.device)])
         clean = torch.arange(len(pos), device=x.device) < n
         kv, done = past or (self.room(len(x), max(L, len(pos))) if b < L else None, 0)
+        alone = done >= start and size <= b                                                      # one block sees all
+        mask, pos = None if alone else attends(pos[done:], clean[done:], pos, clean, b), pos[done:]
+        few = most is not None and len(x) * (size - most) > 16            # where less is saved, sorting costs more
+        if few:                                                           # hidden tokens to the end, which alone is read
+            place = (noisy == self.V).int().argsort(1)
+            noisy, pos = noisy.gather(1, place), torch.cat([pos[:-size].expand(len(x), -1), start + place], dim=1)
         new = torch.cat([(self.shift(x[:, :n]) if b == 1 else x[:, :n])[:, done:], noisy], dim=1)
-        alone = done >= start and stop - start <= b                                              # one block sees all
-        mask = None if alone else attends(pos[done:], clean[done:], pos, clean, b)
-        logp = self.run(self.embedding(new), pos[done:], mask, kv, done)
-        return logp[:, start - stop:], kv and (kv, n)
+        logp = self.run(self.embedding(new), pos, mask, kv, done, read=most if few else size)
+        if few:
+            logp = logp.new_zeros(*noisy.shape, self.V).scatter(1, place[:, -most:, None].expand(-1, -1, self.V), logp)
+        return logp, kv and (kv, n)
 
     def prefill(self, x):
         """AR only: log p(x_i | x_<i) (B, L, V), and the keys and values that `extend` continues."""
@@ -470,7 +480,7 @@ class HiddenMarkov(nn.Module):
             state = state / state.sum(-1, keepdim=True).clamp(min=1e-300)
         return torch.stack(states, 1), state
 
-    def decode(self, x, z, start, stop, past):
+    def decode(self, x, z, start, stop, past, most=None):
         return self(x, z)[:, start:stop], None
 
     def restart(self, x, e, b):
@@ -699,7 +709,7 @@ class Blocks:
     def __init__(self, model, x):
         self.model, self.x, self.V, self.L, self.b = model, x, model.V, model.b, model.b
 
-    def decode(self, x, z, start, stop, past):
+    def decode(self, x, z, start, stop, past, most=None):
         logp, past = self.model.decode(self.x, z.view_as(self.x), 0, self.x.size(1), past)
         return logp.reshape(*z.shape, -1), past
 
@@ -826,7 +836,9 @@ def fill(model, z, noise, steps, order, threshold, remask, how):
     again = (hidden.sum(-1, keepdim=True) + N - 1) // N                            # tokens that are drawn anew
     count = torch.cat([count, again.expand(-1, -1, remask)], dim=-1)
     free, said = z == V, z.new_full((B, L), math.inf, dtype=noise.dtype)            # said: the probability a token was drawn with
-    busy = (count > 0).sum(0).tolist()                     # rows that reveal something: known before the first call
+    left = hidden.sum(-1, keepdim=True) - count[..., :N].cumsum(-1) + count[..., :N]
+    left = torch.cat([left, count[..., N:]], dim=-1).amax(0).tolist()              # tokens hidden in a row, at most,
+    busy = (count > 0).sum(0).tolist()                                             # and rows that reveal some, in each step
     past = None
     for k, start in enumerate(range(0, L, b)):
         stop, first = min(start + b, L), b < L             # the first call of a block runs all rows: it fills the cache
@@ -839,13 +851,15 @@ def fill(model, z, noise, steps, order, threshold, remask, how):
                 z[:, start:stop].masked_fill_(rank(least) < count[:, k, step, None], V)
             hidden = z[:, start:stop] == V
             rows = hidden.any(1) if threshold else count[:, k, step] > 0
-            number = int(rows.sum()) if threshold else busy[k][step]
+            number, most = busy[k][step], left[k][step]
+            if threshold:
+                number, most = int(rows.sum()), int(hidden.sum(1).max())
             if number:                                     # else nothing changes: the network need not run
                 everyone = first or number == B
                 r = slice(None) if everyone else rows.nonzero()[:, 0]
                 kept = past if everyone or not past else ([kv[:, r] for kv in past[0]], past[1])
                 with torch.inference_mode():           # saves what no_grad still spends on each operation
-                    logp, kept = model.decode(z[r], z[r], start, stop, kept)
+                    logp, kept = model.decode(z[r], z[r], start, stop, kept, most)
                 past, first, hidden = kept if everyone else past, False, hidden[r]
                 sure = sureness(logp, order) if order in SCORES else 1 - shuffle[r, start:stop, 0].to(logp)
                 some = (count[r, k, step] if redo or not threshold else
@@ -928,7 +942,7 @@ def counting(model):
         count["rows"] += len(inputs[0])
         count["slots"] += inputs[0].shape[:-1].numel()
 
-    handle = model.head.register_forward_hook(hook)
+    handle = model.layers[0].register_forward_hook(hook)
     try:
         yield count
     finally:

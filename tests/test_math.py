@@ -126,6 +126,23 @@ def test_cached_decoding_equals_uncached(b):
             torch.testing.assert_close(logp, model(x, z)[:, block[0]:block[-1] + 1])
 
 
+@pytest.mark.parametrize("b", [8, 24])
+def test_only_hidden_tokens_are_read(b):
+    """The last layer and the head run for hidden tokens alone, which changes nothing at them."""
+    model, x = random_model(b, L=24), torch.randint(V, (9, 24))
+    z, past, read = with_hidden(x, {0, 1, 3, 9, 12, 14, 20}), None, []
+    z[1, 13], z[2] = MASK, x[2]                              # rows with more, and with nothing
+    model.head.register_forward_hook(lambda _, inputs, output: read.append(output.size(1)))
+    for start in range(0, 24, b):
+        most = int((z[:, start:start + b] == MASK).sum(1).max())
+        for _ in range(2):
+            logp, past = model.decode(x, z, start, start + b, past, most)
+            there = z[:, start:start + b] == MASK
+            torch.testing.assert_close(logp[there], model(x, z)[:, start:start + b][there])
+            assert read[-2] == most
+            assert (logp == 0).all(-1).sum() == 9 * (b - most)
+
+
 def test_cache_filled_late_equals_uncached():
     model, x = random_model(2, L=6), torch.randint(V, (5, 6))
     logp, _ = model.decode(x, x.masked_fill(torch.arange(6) >= 4, MASK), 4, 6, None)   # a prompt of two blocks at once
@@ -498,7 +515,7 @@ class Clueless:
     """A denoiser that says nothing, at once."""
     V, b, embedding = V, 17, torch.nn.Embedding(1, 1)
 
-    def decode(self, x, z, start, stop, past):
+    def decode(self, x, z, start, stop, past, most):
         return torch.zeros(len(z), stop - start, V), None
 
 
