@@ -768,11 +768,12 @@ def warp(logp, temperature=1.0, top_k=0, top_p=1.0):
     if temperature < 1e-6 or top_k == 1:
         return F.one_hot(logp.softmax(-1).argmax(-1), logp.size(-1)).to(logp)
     p = (logp / temperature).softmax(-1)
-    if top_k or top_p < 1:
-        best, index = p.sort(dim=-1, descending=True, stable=True)
-        keep = best.cumsum(-1) - best < top_p
-        keep[..., 0], keep[..., top_k or p.size(-1):] = True, False
-        p = torch.zeros_like(p).scatter(-1, index, best * keep)
+    if not top_k and top_p == 1:
+        return p
+    best, index = p.sort(dim=-1, descending=True, stable=True)
+    keep = best.cumsum(-1) - best < top_p
+    keep[..., 0], keep[..., top_k or p.size(-1):] = True, False
+    p = torch.zeros_like(p).scatter(-1, index, best * keep)
     return p / p.sum(-1, keepdim=True)
 
 
@@ -850,31 +851,32 @@ def fill(model, z, noise, steps, order, threshold, remask, how):
                 least = (shuffle[..., redo] if order in CHANCE else said)[:, start:stop].masked_fill(~free[:, start:stop], 2)
                 z[:, start:stop].masked_fill_(rank(least) < count[:, k, step, None], V)
             hidden = z[:, start:stop] == V
-            rows = hidden.any(1) if threshold else count[:, k, step] > 0
-            number, most = busy[k][step], left[k][step]
+            rows, number, most = count[:, k, step] > 0, busy[k][step], left[k][step]
             if threshold:
-                number, most = int(rows.sum()), int(hidden.sum(1).max())
+                each = hidden.sum(1)
+                rows, number, most = each > 0, int(each.count_nonzero()), int(each.amax())
             if number:                                     # else nothing changes: the network need not run
                 everyone = first or number == B
                 r = slice(None) if everyone else rows.nonzero()[:, 0]
                 kept = past if everyone or not past else ([kv[:, r] for kv in past[0]], past[1])
-                with torch.inference_mode():           # saves what no_grad still spends on each operation
+                with torch.inference_mode():               # saves what no_grad still spends on each operation
                     logp, kept = model.decode(z[r], z[r], start, stop, kept, most)
-                past, first, hidden = kept if everyone else past, False, hidden[r]
-                sure = sureness(logp, order) if order in SCORES else 1 - shuffle[r, start:stop, 0].to(logp)
-                some = (count[r, k, step] if redo or not threshold else
-                        ((sure >= threshold) & hidden).sum(1).clamp(min=1))
-                place = rank(-sure.masked_fill(~hidden, -1))
-                if order == "spread" and not redo and not threshold:
-                    best = torch.full_like(place, L).scatter_reduce(1, stretch[r], place, "amin")
-                    new = hidden & (place == best.gather(1, stretch[r]))
-                else:
-                    new = hidden & (place < some[:, None])
-                x = draw(warp(logp[new], **how), u[r, start:stop, redo][new])              # only what is revealed
-                z[r, start:stop] = z[r, start:stop].masked_scatter(new, x)
-                if remask:
-                    p = logp[new].gather(1, x[:, None])[:, 0].exp()
-                    said[r, start:stop] = said[r, start:stop].masked_scatter(new, p.to(said))
+                    hidden = hidden[r]
+                    sure = sureness(logp, order) if order in SCORES else 1 - shuffle[r, start:stop, 0].to(logp)
+                    some = (count[r, k, step] if redo or not threshold else
+                            ((sure >= threshold) & hidden).sum(1).clamp(min=1))
+                    place = rank(-sure.masked_fill(~hidden, -1))
+                    if order == "spread" and not redo and not threshold:
+                        best = torch.full_like(place, L).scatter_reduce(1, stretch[r], place, "amin")
+                        new = hidden & (place == best.gather(1, stretch[r]))
+                    else:
+                        new = hidden & (place < some[:, None])
+                    x = draw(warp(logp[new], **how), u[r, start:stop, redo][new])          # only what is revealed
+                    z[r, start:stop] = z[r, start:stop].masked_scatter(new, x)
+                    if remask:
+                        p = logp[new].gather(1, x[:, None])[:, 0].exp()
+                        said[r, start:stop] = said[r, start:stop].masked_scatter(new, p.to(said))
+                past, first = kept if everyone else past, False
             yield z
 
 
