@@ -22,7 +22,7 @@ from tqdm import tqdm
 import dlm
 import train_teacher
 from dlm import UserError, option
-from train_teacher import plt
+from train_teacher import plt, save_figure
 
 METHODS = {  # name: (states, target, learning rate)
     "plain": ("data", "onehot", 0.02),        # masked diffusion without a teacher: the baseline
@@ -174,7 +174,7 @@ def make_batch_loss(o, states, target, teacher, itself, ids, val):
             x, z, p, *y = states_and_targets(student, val, whole=o.whole == 1)
         if y and dlm.entropy(y[0]) < FLOOR * dlm.entropy(val):
             tqdm.write(f"warning: what the student writes has {dlm.entropy(y[0]):.2f} nats of entropy, held-out text "
-                       f"{dlm.entropy(val):.2f}; try a lower --lr, a lower --whole, or --student from --method plain")
+                       f"{dlm.entropy(val):.2f}; try a lower --lr, or --student from --method prefix")
         return dlm.loss(student, x, z, p, o.divergence).item()
 
     return batch_loss, validate if on_policy or target == "sdtt" else None
@@ -224,7 +224,7 @@ def inference_gap(student, teacher, x, steps=0, order="spread"):
         return visited, dlm.loss(student, x, dlm.hide(x, b, student.V), dlm.opdlm(teacher, x, x, b)).item()
 
 
-def draw_quality(known, students, path):
+def draw_quality(known, students):
     """Judge NLL and entropy against network calls: held-out text and AR teacher as lines, {name: rows} of students."""
     calls = sorted({r["calls"] for rows in students.values() for r in rows})
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.2))
@@ -237,7 +237,7 @@ def draw_quality(known, students, path):
         ax.set_xticks(calls, [f"{c:.0f}" for c in calls])
         ax.minorticks_off()
     axes[1].legend(fontsize=8)
-    train_teacher.save_figure(fig, path)
+    return fig
 
 
 def finish(o, folder):
@@ -278,12 +278,12 @@ def every(o):
         if getattr(o, name):
             raise UserError(f"--{name} {getattr(o, name)}: every method has its own; name one with --method")
     print("a teacher, a judge, then TCS, SDTT and OPDLM: 7 to 8 minutes on 2 cores with the defaults", flush=True)
-    folder = {m: f"{o.out}-{m}" if o.out else f"runs/{train_teacher.run_name(o, m, f'-b{o.block}')}" for m in ALL}
-    part = {m: dataclasses.replace(o, method=m, steps=max(1, o.steps // share), texts=max(16, o.texts // 2), out=folder[m])
+    name = o.out or f"runs/{train_teacher.run_name(o, 'all', f'-b{o.block}')}"
+    part = {m: dataclasses.replace(o, method=m, steps=max(1, o.steps // share), texts=max(16, o.texts // 2), out=f"{name}-{m}")
             for m, share in ALL.items()}
-    tcs = finish(part["tcs"], folder["tcs"])
+    tcs = finish(part["tcs"], part["tcs"].out)
     sdtt = rounds(dataclasses.replace(part["sdtt"], student=tcs))
-    opdlm = finish(part["opdlm"], folder["opdlm"])
+    opdlm = finish(part["opdlm"], part["opdlm"].out)
 
     table = {f: json.loads(Path(f, "metrics.json").read_text())["table"] for f in (tcs, *sdtt.values(), opdlm)}
     rows = {f: in_order(table[f], o.order) for f in table}
@@ -293,8 +293,7 @@ def every(o):
     known = table[tcs][:2]                                        # held-out text and the AR teacher
     lines = known + sum(students.values(), [])
     show(lines, o.block or "all")
-    name = o.out or f"runs/{train_teacher.run_name(o, 'all', f'-b{o.block}')}"
-    draw_quality(known, students, Path(name, "quality.png"))
+    save_figure(draw_quality(known, students), Path(name, "quality.png"))
     dlm.write_json(Path(name, "metrics.json"), {"options": dataclasses.asdict(o), "table": lines})
     print(f"{name}: metrics.json and quality.png of them all")
 
@@ -346,7 +345,7 @@ def run(o, ckpt):
               "random masks")
     train_teacher.report(o, folder, trainer, model, text, teacher=str(path), states=states, target=target, gap=gap,
                          teacher_seconds=prepared, student_tokens=tokens, table=rows, samples=samples)
-    draw_quality(rows[:2], {f"student, {o.order} order": in_order(rows, o.order)}, folder / "quality.png")
+    save_figure(draw_quality(rows[:2], {f"student, {o.order} order": in_order(rows, o.order)}), folder / "quality.png")
     for who in ("AR teacher", rows[-1]["what"]):
         print(f"\n{who}, the first four texts of seed 0:")
         for t in samples[who]:

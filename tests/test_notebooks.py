@@ -11,7 +11,8 @@ import pytest
 
 import dlm
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def code_cells(path):
@@ -42,3 +43,17 @@ def test_shows_the_functions_as_they_stand(path):
             shown = "".join("".join(o.get("text", "")) for o in c["outputs"])
             names = re.findall(r"^(?:def|class) (\w+)", shown, re.MULTILINE)
             assert names and all(inspect.getsource(getattr(dlm, name)).rstrip() in shown for name in names), names
+
+
+def test_each_picture_of_the_readme_is_drawn_from_what_is_kept():
+    sys.path.insert(0, str(ROOT / "assets"))
+    import draw
+    shown = re.findall(r"!\[.*?\]\(assets/(\w+)\.png\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert sorted(shown) == sorted(draw.PICTURES)
+    for paint, source in draw.PICTURES.values():
+        for ax in (fig := paint(draw.read(source))).axes:
+            assert ax.get_xlabel() or ax.get_title()
+            assert ax.get_ylabel() and (ax.lines or ax.patches)
+            for line in ax.lines:
+                assert len(line.get_xdata()) and all(abs(float(y)) < 1e9 for y in line.get_ydata())   # no gaps, no NaN
+        draw.plt.close(fig)

@@ -312,15 +312,15 @@ def test_sdtt_says_what_it_does_with_other_numbers(call, monkeypatch):
 
 
 def test_all_methods_in_one_command(call, home):
-    argv = f"{TEXT} --steps 20 --batch_size 4 --texts 64"
-    shutil.rmtree(TCS)
+    argv, base = f"{TEXT} --steps 20 --batch_size 4 --texts 64", "runs/all-tiny-char-b4-s0"
     code, out, err = call("distill", argv)
     assert (code, err) == (0, "") and "of them all" in out
-    runs = {n: metrics(f"runs/{n}-tiny-char-b4-s0") for n in ("tcs", "opdlm", "all")}
-    runs |= {n: metrics(f"runs/sdtt-tiny-char-b4-s0-{n}steps") for n in (2, 1)}
+    runs = {"all": metrics(base), **{n: metrics(f"{base}-{n}") for n in ("tcs", "opdlm")},
+            **{n: metrics(f"{base}-sdtt-{n}steps") for n in (2, 1)}}
     assert [(runs[n]["options"]["steps"], runs[n]["options"]["lr"]) for n in ("tcs", 2, 1, "opdlm")] == [
         (10, 0.02), (2, 0.01), (2, 0.01), (5, 0.006)]
-    assert [runs[n]["options"]["student"] for n in ("tcs", 2, 1, "opdlm")] == ["ar", TCS, "runs/sdtt-tiny-char-b4-s0-2steps", "ar"]
+    assert [runs[n]["options"]["student"] for n in ("tcs", 2, 1, "opdlm")] == [
+        "ar", f"{base}-tcs", f"{base}-sdtt-2steps", "ar"]
     table = {r["what"]: r for r in runs["all"]["table"]}
     assert list(table) == ["held-out text", "AR teacher", *(f"{who}, {n} steps, spread" for who, steps in
                            (("TCS", (1, 2, 4)), ("SDTT", (1, 2)), ("OPDLM", (1, 2, 4))) for n in steps)]
@@ -330,6 +330,7 @@ def test_all_methods_in_one_command(call, home):
     before = files(home)
     code, out, _ = call("distill", argv)
     assert code == 0 and out.count("finished before") == 4 and files(home) == before
+    assert call("distill", f"{TEXT} --method opdlm --steps 1 --batch_size 4")[0] == 0     # has a folder of its own
 
 
 def test_block_need_not_divide_the_context_from_scratch(call):
