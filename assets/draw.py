@@ -146,13 +146,41 @@ def opdlm(kept):
     return fig
 
 
+def blocks(kept):
+    """What the causal target costs as blocks grow: judge NLL at one token a step, one seed."""
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    runs = [r for r in kept["runs"] if (r["data"], r["order"], r["fraction"], r["seed"]) == ("docs", "spread", 1, 0) and r["lr"] < 0.01]
+    sizes = {0: 64}                                             # --block 0 is the context
+    ways = (("OPDLM, the better rate", "ko-", dict(method="opdlm", whole=0, steps=1000, student="ar")),
+            ("causal, random masks", "ks:", dict(method="prefix", states="data", steps=1000, student="ar")),
+            ("plain", "k^--", dict(method="plain", steps=1000, student="ar")))
+    after = (("OPDLM on whole rollouts", "ko-", dict(target="prefix", whole=1, steps=200)),
+             ("TCS on whole rollouts", "kD-.", dict(target="topk", whole=1, steps=200)), ("before", *ways[1][1:]))
+    for ax, series, title in ((axes[0], ways, "1000 updates from the AR weights"),
+                              (axes[1], after, "200 more, from the causal student")):
+        for label, style, want in series:
+            found = [(sizes.get(r["block"], r["block"]), r) for r in runs if all(r[k] == v for k, v in want.items())]
+            nll = {}
+            for b, r in found:
+                if f"spread {b}" in r["rows"]:
+                    nll.setdefault(b, []).append(r["rows"][f"spread {b}"]["judge_nll"])
+            ax.plot(sorted(nll), [min(nll[b]) for b in sorted(nll)], style, markerfacecolor="none", label=label)
+        ax.axhline(runs[0]["rows"]["ar 1"]["judge_nll"], color="k", linestyle=":", linewidth=1, label="AR teacher")
+        ax.set(xscale="log", xlabel="block length, tokens", title=title)
+        ticks(ax, [4, 16, 64])
+        ax.legend(fontsize=8)
+    axes[0].set_ylabel("judge NLL, nats per token")
+    fig.tight_layout()
+    return fig
+
+
 def read(name):
     """What assets/NAME.json holds."""
     return json.loads((HERE / f"{name}.json").read_text())
 
 
 PICTURES = {"quality": (quality, "main-job"), "parallel": (parallel, "parallel"), "estimators": (estimators, "estimators"),
-            "tcs": (tcs, "tcs"), "opdlm": (opdlm, "opdlm")}    # picture: what draws it, and from which file
+            "tcs": (tcs, "tcs"), "opdlm": (opdlm, "opdlm"), "blocks": (blocks, "opdlm")}    # picture: what draws it, and from which file
 
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE.parent))
