@@ -318,7 +318,7 @@ def test_all_methods_in_one_command(call, home):
     runs = {"all": metrics(base), **{n: metrics(f"{base}-{n}") for n in ("tcs", "opdlm")},
             **{n: metrics(f"{base}-sdtt-{n}steps") for n in (2, 1)}}
     assert [(runs[n]["options"]["steps"], runs[n]["options"]["lr"]) for n in ("tcs", 2, 1, "opdlm")] == [
-        (10, 0.02), (2, 0.01), (2, 0.01), (5, 0.006)]
+        (10, 0.02), (2, 0.01), (2, 0.01), (4, 0.006)]
     assert [runs[n]["options"]["student"] for n in ("tcs", 2, 1, "opdlm")] == [
         "ar", f"{base}-tcs", f"{base}-sdtt-2steps", "ar"]
     table = {r["what"]: r for r in runs["all"]["table"]}
