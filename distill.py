@@ -32,7 +32,7 @@ METHODS = {  # name: (states, target, learning rate)
     "sdtt": ("data", "sdtt", 0.01),           # self-distillation through time: the teacher is the student's earlier self
     "opdlm": ("rollout", "prefix", 0.006),    # on-policy: the student's own text and states, judged by the AR model
 }
-ALL = {"tcs": 2, "sdtt": 10, "opdlm": 5}      # --method all: what --steps is divided by; a round of SDTT is short
+ALL = {"tcs": 2, "sdtt": 10, "opdlm": 5}      # --method all: what --steps is divided by
 STATES = ("data", "teacher", "rollout")
 TARGETS = ("onehot", *dlm.ESTIMATORS)
 JUDGED = 256        # generated texts a row of the table; their NLL has a standard error of about 0.02 nats per token
@@ -42,8 +42,8 @@ FLOOR = 0.9         # of held-out text's entropy: what a student writes should n
 
 @dataclass
 class Options:
-    method: str = option("all", "a pair of states and target; all: tcs, sdtt from its student, and opdlm, with a half, a "
-                         "tenth and a fifth of --steps, and a quarter of --texts", choices=("all", *METHODS))
+    method: str = option("all", "a pair of states and target; all: tcs, a round of sdtt from its student, and opdlm, with "
+                         "a half, a tenth and a fifth of --steps, and a quarter of --texts", choices=("all", *METHODS))
     states: str = option("", "data: masked training text; teacher: masked texts by the teacher; rollout: what "
                          "the student writes and the states on the way; empty: the method's",
                          choices=("", *STATES))
@@ -282,7 +282,8 @@ def every(o):
     part = {m: dataclasses.replace(o, method=m, steps=max(1, o.steps // share), texts=max(16, o.texts // 4), out=f"{name}-{m}")
             for m, share in ALL.items()}
     tcs = finish(part["tcs"], part["tcs"].out)
-    sdtt = rounds(dataclasses.replace(part["sdtt"], student=tcs))
+    half = (o.first or dlm.load(tcs, "--student")[0].b) // o.k                # one round is enough to see
+    sdtt = rounds(dataclasses.replace(part["sdtt"], student=tcs, last=max(o.last, half)))
     opdlm = finish(part["opdlm"], part["opdlm"].out)
 
     table = {f: json.loads(Path(f, "metrics.json").read_text())["table"] for f in (tcs, *sdtt.values(), opdlm)}

@@ -152,8 +152,8 @@ def blocks(kept):
     runs = [r for r in kept["runs"] if (r["data"], r["order"], r["fraction"], r["seed"]) == ("docs", "spread", 1, 0) and r["lr"] < 0.01]
     sizes = {0: 64}                                             # --block 0 is the context
     ways = (("OPDLM, the better rate", "ko-", dict(method="opdlm", whole=0, steps=1000, student="ar")),
-            ("causal, random masks", "ks:", dict(method="prefix", states="data", steps=1000, student="ar")),
-            ("plain", "k^--", dict(method="plain", steps=1000, student="ar")))
+            ("causal, random masks", "ks:", dict(method="prefix", states="data", steps=1000, student="ar", lr=0.006)),
+            ("plain", "k^--", dict(method="plain", steps=1000, student="ar", lr=0.006)))
     after = (("OPDLM on whole rollouts", "ko-", dict(target="prefix", whole=1, steps=200)),
              ("TCS on whole rollouts", "kD-.", dict(target="topk", whole=1, steps=200)), ("before", *ways[1][1:]))
     for ax, series, title in ((axes[0], ways, "1000 updates from the AR weights"),
