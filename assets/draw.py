@@ -21,7 +21,7 @@ def ticks(ax, places, labels=None):
 def mean_of(runs, value, **want):
     """Mean and standard error of what value(run) says, over the runs that were made so (their seeds)."""
     found = torch.tensor([value(r) for r in runs if all(r[k] == v for k, v in want.items())])
-    return found.mean(), found.std() / len(found) ** 0.5 if len(found) > 1 else torch.tensor(0.0)
+    return found.mean().item(), (found.std() / len(found) ** 0.5).item() if len(found) > 1 else 0.0
 
 
 def quality(kept):
@@ -166,10 +166,9 @@ def blocks(kept):
                     nll.setdefault(b, []).append(r["rows"][f"spread {b}"]["judge_nll"])
             ax.plot(sorted(nll), [min(nll[b]) for b in sorted(nll)], style, markerfacecolor="none", label=label)
         ax.axhline(runs[0]["rows"]["ar 1"]["judge_nll"], color="k", linestyle=":", linewidth=1, label="AR teacher")
-        ax.set(xscale="log", xlabel="block length, tokens", title=title)
+        ax.set(xscale="log", xlabel="block length, tokens", ylabel="judge NLL, nats per token", title=title)
         ticks(ax, [4, 16, 64])
         ax.legend(fontsize=8)
-    axes[0].set_ylabel("judge NLL, nats per token")
     fig.tight_layout()
     return fig
 
