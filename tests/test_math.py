@@ -75,6 +75,17 @@ def test_norm_is_rms_norm():
     torch.testing.assert_close(dlm.norm(h), F.rms_norm(h, (8,), eps=0.0))
 
 
+def test_rotary_positions_keep_lengths_and_tell_distances():
+    rope = random_model(1, L=9).rope
+    D = rope.size(-1)
+    q, k = torch.randn(2, D, dtype=rope.dtype)
+    turned = dlm.rotate(torch.stack([q, k])[:, None].expand(2, 9, D), rope[:, None])
+    torch.testing.assert_close(turned.norm(dim=-1), torch.stack([q.norm(), k.norm()])[:, None].expand(2, 9))
+    score = turned[0] @ turned[1].T
+    torch.testing.assert_close(score[1:, 1:], score[:-1, :-1])
+    assert (score[0] - score[0, 0]).abs()[1:].min() > 1e-6
+
+
 def test_mask_causal():
     assert drawn(1) == ["#.....",
                         "##....",
