@@ -818,65 +818,79 @@ def sample(model, z, steps=0, order=None, threshold=0.0, remask=0, noise=None, *
             yield z.clone()
 
 
+def schedule(hidden, N, remask, when=None):
+    """How many tokens a row reveals in each step of each block: hidden (B, n, b) -> (B, n, N + remask).
+
+    Equally many a step, or in the step that `when` (B, n, b) says; remasking as many again. And, as lists [block][step]
+    so that nothing waits for the device, how many rows reveal some, and how many tokens are hidden in a row at most."""
+    total = hidden.sum(-1, keepdim=True)
+    if when is None:
+        count = total // N + (torch.arange(N, device=hidden.device) < total % N).long()
+    else:
+        count = hidden.new_zeros(*hidden.shape[:2], N, dtype=torch.long).scatter_add(2, when, hidden.long())
+    again = ((total + N - 1) // N).expand(-1, -1, remask)
+    most = torch.cat([total - count.cumsum(-1) + count, again], dim=-1).amax(0)
+    count = torch.cat([count, again], dim=-1)
+    return count, (count > 0).sum(0).tolist(), most.tolist()
+
+
+def choose(sure, hidden, count, threshold=0.0, stretch=None):
+    """Which tokens a step reveals, (B, n): of the hidden ones the `count` (B,) surest; with a threshold all that are at
+    least so sure, but one or more; with `stretch` (B, n), each token's number of one, the surest of each stretch."""
+    place = rank(-sure.masked_fill(~hidden, -1))
+    if stretch is not None:
+        best = torch.full_like(place, hidden.size(1)).scatter_reduce(1, stretch, place, "amin")
+        return hidden & (place == best.gather(1, stretch))
+    if threshold:
+        count = ((sure >= threshold) & hidden).sum(1).clamp(min=1)
+    return hidden & (place < count[:, None])
+
+
 def fill(model, z, noise, steps, order, threshold, remask, how):
     """`sample` within one context, (B, L)."""
     z, b, V, (B, L) = z.clone(), model.b, model.V, z.shape
-    order = order if b > 1 else "random"                                           # one token has no order
-    n, N = -(-L // b), 1 if b == 1 else b if threshold else steps or b              # blocks; steps in each
+    N = b if threshold else steps or b                                             # steps in each block
+    if b == 1:                                                                     # one token has no order
+        N, order, remask = 1, "random", 0
+    spread = order == "spread" and not threshold
     u, shuffle = noise.unflatten(-1, (-1, 2)).unbind(-1)                           # (B, L, 1 + remask)
     if order == "left":
         shuffle = (torch.arange(L, device=z.device) / L)[:, None].expand_as(shuffle)
-    hidden = F.pad(z == V, (0, n * b - L)).view(B, n, b)
-    if order == "ancestral":
-        when = F.pad((shuffle[..., 0] * N).long(), (0, n * b - L)).view(B, n, b)
-        count = hidden.new_zeros(B, n, N, dtype=torch.long).scatter_add(2, when, hidden.long())
-    else:                                                                          # tokens revealed by row, block, step
-        each, more = hidden.sum(-1, keepdim=True) // N, hidden.sum(-1, keepdim=True) % N
-        count = each + (torch.arange(N, device=z.device) < more).long()
-    remask = remask if b > 1 else 0                                                # one token alone would only be redrawn
-    again = (hidden.sum(-1, keepdim=True) + N - 1) // N                            # tokens that are drawn anew
-    count = torch.cat([count, again.expand(-1, -1, remask)], dim=-1)
-    free, said = z == V, z.new_full((B, L), math.inf, dtype=noise.dtype)            # said: the probability a token was drawn with
-    left = hidden.sum(-1, keepdim=True) - count[..., :N].cumsum(-1) + count[..., :N]
-    left = torch.cat([left, count[..., N:]], dim=-1).amax(0).tolist()              # tokens hidden in a row, at most,
-    busy = (count > 0).sum(0).tolist()                                             # and rows that reveal some, in each step
+    free, when = (F.pad(a, (0, -L % b)).view(B, -1, b) for a in (z == V, (shuffle[..., 0] * N).long()))
+    count, busy, most = schedule(free, N, remask, when if order == "ancestral" else None)
+    free, said = z == V, z.new_full((B, L), math.inf, dtype=noise.dtype)           # said: what it was drawn with
     past = None
     for k, start in enumerate(range(0, L, b)):
-        stop, first = min(start + b, L), b < L             # the first call of a block runs all rows: it fills the cache
-        if order == "spread":
-            stretch = (free[:, start:stop].cumsum(1) - 1).clamp(min=0) // N            # of N hidden tokens, for each token
+        now, first = slice(start, min(start + b, L)), b < L    # a block's first call runs all rows: it fills the cache
+        if spread:
+            stretch = (free[:, now].cumsum(1) - 1).clamp(min=0) // N               # of N hidden tokens, for each token
         for step in range(N + remask):
             redo = max(0, step - N + 1)
             if redo:
-                least = (shuffle[..., redo] if order in CHANCE else said)[:, start:stop].masked_fill(~free[:, start:stop], 2)
-                z[:, start:stop].masked_fill_(rank(least) < count[:, k, step, None], V)
-            hidden = z[:, start:stop] == V
-            rows, number, most = count[:, k, step] > 0, busy[k][step], left[k][step]
+                least = (shuffle[..., redo] if order in CHANCE else said)[:, now].masked_fill(~free[:, now], 2)
+                z[:, now].masked_fill_(rank(least) < count[:, k, step, None], V)
+            hidden = z[:, now] == V
+            rows, number, at_most = count[:, k, step] > 0, busy[k][step], most[k][step]
             if threshold:
-                each = hidden.sum(1)
-                rows, number, most = each > 0, int(each.count_nonzero()), int(each.amax())
-            if number:                                     # else nothing changes: the network need not run
-                everyone = first or number == B
-                r = slice(None) if everyone else rows.nonzero()[:, 0]
-                kept = past if everyone or not past else ([kv[:, r] for kv in past[0]], past[1])
-                with torch.inference_mode():               # saves what no_grad still spends on each operation
-                    logp, kept = model.decode(z[r], z[r], start, stop, kept, most)
-                    hidden = hidden[r]
-                    sure = sureness(logp, order) if order in SCORES else 1 - shuffle[r, start:stop, 0].to(logp)
-                    some = (count[r, k, step] if redo or not threshold else
-                            ((sure >= threshold) & hidden).sum(1).clamp(min=1))
-                    place = rank(-sure.masked_fill(~hidden, -1))
-                    if order == "spread" and not redo and not threshold:
-                        best = torch.full_like(place, L).scatter_reduce(1, stretch[r], place, "amin")
-                        new = hidden & (place == best.gather(1, stretch[r]))
-                    else:
-                        new = hidden & (place < some[:, None])
-                    x = draw(warp(logp[new], **how), u[r, start:stop, redo][new])          # only what is revealed
-                    z[r, start:stop] = z[r, start:stop].masked_scatter(new, x)
-                    if remask:
-                        p = logp[new].gather(1, x[:, None])[:, 0].exp()
-                        said[r, start:stop] = said[r, start:stop].masked_scatter(new, p.to(said))
-                past, first = kept if everyone else past, False
+                rows, at_most = hidden.any(1), int(hidden.sum(1).amax())
+                number = int(rows.sum())
+            if not number:                                                         # the network need not run
+                yield z
+                continue
+            everyone = first or number == B
+            r = slice(None) if everyone else rows.nonzero()[:, 0]
+            kept = past if everyone or not past else ([kv[:, r] for kv in past[0]], past[1])
+            with torch.inference_mode():                                           # quicker than no_grad
+                logp, kept = model.decode(z[r], z[r], now.start, now.stop, kept, at_most)
+                sure = sureness(logp, order) if order in SCORES else 1 - shuffle[r, now, 0].to(logp)
+                new = choose(sure, hidden[r], count[r, k, step], 0 if redo else threshold,
+                             stretch[r] if spread and not redo else None)
+                x = draw(warp(logp[new], **how), u[r, now, redo][new])             # only what is revealed
+                z[r, now] = z[r, now].masked_scatter(new, x)
+                if remask:
+                    p = logp[new].gather(1, x[:, None])[:, 0].exp()
+                    said[r, now] = said[r, now].masked_scatter(new, p.to(said))
+            past, first = kept if everyone else past, False
             yield z
 
 
