@@ -883,8 +883,7 @@ def fill(model, z, noise, steps, order, threshold, remask, how):
             with torch.inference_mode():                                           # quicker than no_grad
                 logp, kept = model.decode(z[r], z[r], now.start, now.stop, kept, at_most)
                 sure = sureness(logp, order) if order in SCORES else 1 - shuffle[r, now, 0].to(logp)
-                new = choose(sure, hidden[r], count[r, k, step], 0 if redo else threshold,
-                             stretch[r] if spread and not redo else None)
+                new = choose(sure, hidden[r], count[r, k, step], threshold, stretch[r] if spread and not redo else None)
                 x = draw(warp(logp[new], **how), u[r, now, redo][new])             # only what is revealed
                 z[r, now] = z[r, now].masked_scatter(new, x)
                 if remask:

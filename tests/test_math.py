@@ -441,6 +441,7 @@ def test_a_row_is_the_same_alone_and_among_others(make, order, b):
         states = list(dlm.sample(make(b), given, order=order, noise=u, **how))
         alone = [list(dlm.sample(make(b), given[r:r + 1], order=order, noise=u[r:r + 1], **how)) for r in range(9)]
         assert torch.equal(states[-1], torch.cat([a[-1] for a in alone]))
+        assert torch.equal(states[-1].where(given < MASK, MASK), given) and (states[-1] < MASK).all()   # kept, and full
 
 
 @pytest.mark.parametrize("order", ["random", "confidence"])
