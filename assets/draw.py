@@ -1,8 +1,10 @@
-"""The README's pictures, drawn from the metrics beside this file:  python assets/draw.py
+"""What the README and the notebooks show, from the metrics beside this file:  python assets/draw.py
 
-Each function takes what its JSON file holds and returns the figure; the notebooks call them too.
+Each function takes what its JSON file holds and returns a figure, or a table as text in Markdown; the command draws the
+README's pictures and writes its tables.
 """
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,16 +14,37 @@ import torch
 HERE = Path(__file__).parent
 
 
+def read(name):
+    """What assets/NAME.json holds."""
+    return json.loads((HERE / f"{name}.json").read_text())
+
+
 def ticks(ax, places, labels=None):
     """These ticks on a logarithmic axis, and no others."""
     ax.set_xticks(places, labels or [f"{p:g}" for p in places])
     ax.minorticks_off()
 
 
+def chosen(runs, **want):
+    """The runs, or rows, that were made so."""
+    return [r for r in runs if all(r.get(k) == v for k, v in want.items())]
+
+
 def mean_of(runs, value, **want):
     """Mean and standard error of what value(run) says, over the runs that were made so (their seeds)."""
-    found = torch.tensor([value(r) for r in runs if all(r[k] == v for k, v in want.items())])
+    found = torch.tensor([value(r) for r in chosen(runs, **want)])
     return found.mean().item(), (found.std() / len(found) ** 0.5).item() if len(found) > 1 else 0.0
+
+
+def stated(runs, value, digits=2, **want):
+    """The same as text: `3.27 ± 0.05`, and of one run `3.27`."""
+    mean, error = mean_of(runs, value, **want)
+    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if len(chosen(runs, **want)) > 1 else "")
+
+
+def markdown(head, rows):
+    """A table; a row is a list of strings."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)) + "\n"
 
 
 def quality(kept):
@@ -84,64 +107,109 @@ def estimators(kept):
     return fig
 
 
-def tcs(kept):
-    """The students' bound against the share of the text that they see, by target."""
-    runs = [r for r in kept if r["group"] == "share"]
-    fig, ax = plt.subplots(figsize=(6.5, 4))
+def bound_against_share(ax, kept):
+    """TCS: the students' bound against the share of the text that they see, by target."""
+    runs = chosen(kept, group="share")
     bound = lambda r: r["test_nats_per_char"]
-    for target, style, label in (("onehot", "ko-", "plain: one-hot"), ("prefix", "k^:", "prefix"), ("topk", "ks--", "TCS")):
-        shares = sorted({r["fraction"] for r in runs if (r["states"], r["target"]) == ("data", target)})
+    for target, style, label in (("onehot", "ko-", "plain: one-hot"), ("prefix", "k^:", "causal"), ("topk", "ks--", "TCS")):
+        shares = sorted({r["fraction"] for r in chosen(runs, states="data", target=target)})
         at = [mean_of(runs, bound, states="data", target=target, fraction=f) for f in shares]
-        ax.errorbar(shares, [m for m, _ in at], [e for _, e in at], fmt=style, capsize=3, markerfacecolor="none", label=label)
+        ax.errorbar(shares, [m for m, _ in at], [e for _, e in at], fmt=style, capsize=3, markerfacecolor="none",
+                    label=label)
     for target, style, label in (("onehot", "0.6", "teacher's texts, one-hot"), ("topk", "0.0", "teacher's texts, TCS")):
         level = mean_of(runs, bound, states="teacher", target=target, fraction=1)[0]
         ax.axhline(level, color=style, linewidth=1, label=f"{label} (no data)")
-    ax.set(xscale="log", xlabel="share of the teacher's training text that the student sees",
-           ylabel="test bound, nats per character", title="docs, blocks of 4, equal steps")
+    ax.set(xscale="log", xlabel="share of the text that the student sees", ylabel="test bound, nats per character",
+           title="TCS: equal updates, blocks of 4")
     ticks(ax, [0.1, 0.2, 0.4, 1], ["10%", "20%", "40%", "100%"])
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=7)
+
+
+def quality_against_steps(ax, few, kept):
+    """SDTT: judge NLL against sampling steps, of a denoiser and of its students at TVD."""
+    judged = lambda r: r["judge_nll"]
+    steps = (2, 4, 8, 16, 32, 64)
+    for order, style in (("ancestral", "k^--"), ("spread", "ko-")):
+        ax.plot(steps, [mean_of(few["rows"], judged, who="denoiser", order=order, steps=n)[0] for n in steps], style,
+                markerfacecolor="none", label=f"denoiser, {order}")
+        at = [mean_of(kept["rows"], judged, divergence="tvd", k=2, updates=300, order=order, steps=n) for n in steps[:-1]]
+        ax.errorbar(steps[:-1], [m for m, _ in at], [e for _, e in at], fmt=style[1] + ":", color="0.5", capsize=3,
+                    label=f"SDTT students, {order}")
+    for who, style in (("AR teacher", "--"), ("held-out text", ":")):
+        ax.axhline(mean_of(few["rows"], judged, who=who)[0], color="0.5", linewidth=1, linestyle=style, label=who)
+    ax.set(xscale="log", xlabel="sampling steps for 64 tokens", ylabel="judge NLL, nats per token",
+           title="SDTT: each student at its own steps")
+    ticks(ax, steps)
+    ax.legend(fontsize=7)
+
+
+WAYS = {"OPDLM": ("ko-", dict(states="rollout", target="prefix")),       # students of the AR weights
+        "causal, random masks": ("ks:", dict(states="data", target="prefix")),
+        "plain": ("k^--", dict(states="data", target="onehot", student="ar"))}
+
+
+def on_docs(kept):
+    """Runs of the comparison: docs, blocks of four, rollouts of single blocks, learning rate 0.006 or from random weights."""
+    runs = chosen(kept["runs"], data="docs", block=4, order="spread", whole=0, first=0)
+    return [r for r in runs if r["student"] == "random" or r["student"] == "ar" and r["lr"] == 0.006]
+
+
+def spread(steps, what="judge_nll"):
+    """What is said of the texts that a run's student writes in so many steps a block."""
+    return lambda r: r["rows"][f"spread {steps}"][what]
+
+
+def quality_against_text(ax, kept):
+    """OPDLM: judge NLL against tokens of text, beside its controls."""
+    runs = chosen(on_docs(kept), fraction=1)
+    for label, (style, way) in {**WAYS, "TCS, random masks": ("kD-.", dict(states="data", target="topk")),
+                                "plain from random weights": ("kv", dict(student="random"))}.items():
+        budgets = sorted({r["steps"] for r in chosen(runs, **way)})
+        at = [mean_of(runs, spread(4), steps=n, **way) for n in budgets]
+        ax.errorbar([n * 512 / 1e6 for n in budgets], [m for m, _ in at], [e for _, e in at], fmt=style, capsize=3,
+                    markerfacecolor="none", label=label)
+    ax.axhline(runs[0]["rows"]["ar 1"]["judge_nll"], color="k", linestyle="--", linewidth=1, label="AR teacher")
+    ax.set(xscale="log", xlabel="tokens of text, millions", ylabel="judge NLL, nats per token",
+           title="OPDLM: from AR weights, blocks of 4", ylim=(None, 4.7))                 # room for the legend
+    ticks(ax, [0.125, 0.25, 0.5, 1, 2])
+    ax.legend(fontsize=7, loc="upper right")
+
+
+def results():
+    """The three methods beside their controls."""
+    fig, axes = plt.subplots(1, 3, figsize=(13, 3.8))
+    bound_against_share(axes[0], read("tcs"))
+    quality_against_steps(axes[1], read("few-steps"), read("sdtt"))
+    quality_against_text(axes[2], read("opdlm"))
     fig.tight_layout()
     return fig
 
 
-def opdlm(kept):
-    """What OPDLM needs beside its controls, and how far students are from the teacher where they go."""
-    runs = [r for r in kept["runs"] if (r["data"], r["block"], r["order"], r["whole"], r["first"]) == ("docs", 4, "spread", 0, 0)
-            and (r["lr"] == 0.006 or r["student"] == "random") and r["student"] in ("ar", "random")]
-    judged = lambda r: r["rows"]["spread 4"]["judge_nll"]
-    fig, axes = plt.subplots(1, 3, figsize=(12, 3.4))
-    ways = (("OPDLM", "ko-", dict(states="rollout"), (250, 500, 1000)),
-            ("causal, random masks", "ks:", dict(states="data", target="prefix"), (250, 500, 1000)),
-            ("plain", "k^--", dict(states="data", target="onehot", student="ar"), (250, 500, 1000, 4000)),
-            ("plain from random weights", "kv", dict(student="random"), (4000,)))
-    for label, style, way, budgets in ways:
-        at = [mean_of(runs, judged, steps=n, fraction=1, **way) for n in budgets]
-        axes[0].errorbar([n * 512 / 1e6 for n in budgets], [m for m, _ in at], [e for _, e in at], fmt=style, capsize=3,
-                         markerfacecolor="none", label=label)
-    for label, style, way, _ in ways[:3]:
-        at = [mean_of(runs, judged, steps=1000, fraction=f, **way) for f in (0.1, 1)]
-        axes[1].errorbar([0.1, 1], [m for m, _ in at], [e for _, e in at], fmt=style, capsize=3, markerfacecolor="none",
+def gap(kept):
+    """OPDLM: what a share of the text does, and how far students are from the teacher where they go."""
+    runs = chosen(on_docs(kept), steps=1000)
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    for label, (style, way) in WAYS.items():
+        at = [mean_of(runs, spread(4), fraction=f, **way) for f in (0.1, 1)]
+        axes[0].errorbar([0.1, 1], [m for m, _ in at], [e for _, e in at], fmt=style, capsize=3, markerfacecolor="none",
                          label=label)
-    for label, style, target in (("causal, the teacher's texts", "0.4", "prefix"), ("one-hot, the teacher's texts", "0.7", "onehot")):
-        axes[1].axhline(mean_of(runs, judged, states="teacher", target=target)[0], color=style, label=label)
-    for ax in axes[:2]:
-        ax.axhline(runs[0]["rows"]["ar 1"]["judge_nll"], color="k", linestyle=":", linewidth=1, label="AR teacher")
-        ax.set(xscale="log", ylabel="judge NLL, nats per token")
-        ax.legend(fontsize=7)
-    axes[0].set(xlabel="tokens of text, millions", title="all the text")
-    ticks(axes[0], [0.125, 0.25, 0.5, 1, 2])
-    axes[1].set(xlabel="share of the text that the student sees", title="1000 updates")
-    ticks(axes[1], [0.1, 1], ["10%", "100%"])
-    axes[1].set_ylim(top=5.4)                                          # room for the legend
-    gaps = [("before", kept["before"]["docs-b4"])] + [
-        (label, [mean_of(runs, lambda r: r["gap"][j], steps=1000, fraction=1, **way)[0] for j in (0, 1)])
-        for label, _, way, _ in ways[:3]]
+    for label, style, target in (("causal, the teacher's texts", "0.4", "prefix"),
+                                 ("one-hot, the teacher's texts", "0.7", "onehot")):
+        axes[0].axhline(mean_of(runs, spread(4), states="teacher", target=target)[0], color=style, label=label)
+    axes[0].axhline(runs[0]["rows"]["ar 1"]["judge_nll"], color="k", linestyle="--", linewidth=1, label="AR teacher")
+    axes[0].set(xscale="log", xlabel="share of the text that the student sees", ylabel="judge NLL, nats per token",
+                title="1000 updates", ylim=(None, 5.4))                # room for the legend
+    ticks(axes[0], [0.1, 1], ["10%", "100%"])
+    gaps = {"before": kept["before"]["docs-b4"],
+            **{label: [mean_of(runs, lambda r: r["gap"][j], fraction=1, **way)[0] for j in (0, 1)]
+               for label, (_, way) in WAYS.items()}}
     for j, (label, colour, hatch) in enumerate((("states it visits", "0.35", ""), ("random masks", "0.8", "//"))):
-        axes[2].bar([k + 0.4 * j for k in range(len(gaps))], [g[j] for _, g in gaps], 0.4, color=colour, hatch=hatch,
+        axes[1].bar([k + 0.4 * j for k in range(len(gaps))], [g[j] for g in gaps.values()], 0.4, color=colour, hatch=hatch,
                     edgecolor="k", label=label)
-    axes[2].set_xticks([k + 0.2 for k in range(len(gaps))], [label.replace(", ", ",\n") for label, _ in gaps], fontsize=8)
-    axes[2].set(ylabel="KL from the AR teacher,\nnats per token", title="1000 updates, all the text")
-    axes[2].legend(fontsize=7)
+    axes[1].set_xticks([k + 0.2 for k in range(len(gaps))], [label.replace(", ", ",\n") for label in gaps], fontsize=8)
+    axes[1].set(ylabel="KL from the AR teacher,\nnats per token", title="1000 updates, all the text")
+    for ax in axes:
+        ax.legend(fontsize=7)
     fig.tight_layout()
     return fig
 
@@ -149,8 +217,7 @@ def opdlm(kept):
 def blocks(kept):
     """What the causal target costs as blocks grow: judge NLL at one token a step, one seed."""
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    runs = [r for r in kept["runs"] if (r["data"], r["order"], r["fraction"], r["seed"]) == ("docs", "spread", 1, 0) and r["lr"] < 0.01]
-    sizes = {0: 64}                                             # --block 0 is the context
+    runs = [r for r in chosen(kept["runs"], data="docs", order="spread", fraction=1, seed=0) if r["lr"] < 0.01]
     ways = (("OPDLM, the better rate", "ko-", dict(method="opdlm", whole=0, steps=1000, student="ar")),
             ("causal, random masks", "ks:", dict(method="prefix", states="data", steps=1000, student="ar", lr=0.006)),
             ("plain", "k^--", dict(method="plain", steps=1000, student="ar", lr=0.006)))
@@ -159,11 +226,11 @@ def blocks(kept):
     for ax, series, title in ((axes[0], ways, "1000 updates from the AR weights"),
                               (axes[1], after, "200 more, from the causal student")):
         for label, style, want in series:
-            found = [(sizes.get(r["block"], r["block"]), r) for r in runs if all(r[k] == v for k, v in want.items())]
             nll = {}
-            for b, r in found:
+            for r in chosen(runs, **want):
+                b = r["block"] or 64                                   # --block 0 is the context
                 if f"spread {b}" in r["rows"]:
-                    nll.setdefault(b, []).append(r["rows"][f"spread {b}"]["judge_nll"])
+                    nll.setdefault(b, []).append(spread(b)(r))
             ax.plot(sorted(nll), [min(nll[b]) for b in sorted(nll)], style, markerfacecolor="none", label=label)
         ax.axhline(runs[0]["rows"]["ar 1"]["judge_nll"], color="k", linestyle=":", linewidth=1, label="AR teacher")
         ax.set(xscale="log", xlabel="block length, tokens", ylabel="judge NLL, nats per token", title=title)
@@ -173,17 +240,175 @@ def blocks(kept):
     return fig
 
 
-def read(name):
-    """What assets/NAME.json holds."""
-    return json.loads((HERE / f"{name}.json").read_text())
+def main_job(kept):
+    """What the main job's students write."""
+    names = [f"**{r['what'].split(',')[0]}**, {r['steps']} step{'s' * (r['steps'] > 1)} a block" if "order" in r else
+             r["what"] for r in kept["table"]]
+    return markdown(["256 texts", "network calls a text", "judge NLL", "entropy", "bigram entropy", "known words"], [
+        [name, f"{r['calls']:.0f}" if "calls" in r else "", f"{r['judge_nll']:.2f}", f"{r['entropy']:.2f}",
+         f"{r['bigram_entropy']:.2f}", f"{r['known_words']:.0%}"] for name, r in zip(names, kept["table"])])
 
 
-PICTURES = {"quality": (quality, "main-job"), "parallel": (parallel, "parallel"), "estimators": (estimators, "estimators"),
-            "tcs": (tcs, "tcs"), "opdlm": (opdlm, "opdlm"), "blocks": (blocks, "opdlm")}    # picture: what draws it, and from which file
+def estimates(kept):
+    """The estimators of the concrete score."""
+    return markdown(["estimator", "teacher tokens a position", "seconds", "KL from exact", "total variation", "entropy",
+                     "gradient variance"],
+                    [[r["estimator"], f"{r['tokens']:.0f}", *(f"{r[k]:.2f}" for k in (
+                        "seconds", "kl", "tv", "entropy", "variance"))] for r in kept["rows"]])
+
+
+def shares(kept):
+    """TCS and its controls by what the student sees."""
+    rows, runs = [], chosen(kept, group="share")
+    names = {"onehot": "one-hot", "prefix": "causal", "topk": "TCS"}
+    for fraction, states in ((0.1, "data"), (1, "teacher"), (0.4, "data"), (1, "data")):
+        for target, name in names.items():
+            same = chosen(runs, fraction=fraction, states=states, target=target)
+            if same:
+                first = chosen(same, seed=0)[0]
+                rows.append(["none, the teacher writes" if states == "teacher" else f"{fraction:.0%} of the text", name,
+                             *(stated(same, lambda r: r[k], digits) for k, digits in (
+                                 ("test_nats_per_char", 3), ("judge_nll", 2), ("entropy", 2), ("known_words", 3))),
+                             f"{first['teacher_seconds']:.0f} + {first['train_seconds']:.0f}", str(len(same))])
+    return markdown(["the student sees", "target", "test bound, nats a character", "judge NLL", "entropy", "known words",
+                     "seconds: teacher + student", "seeds"], rows)
+
+
+def orders(few):
+    """A denoiser of the whole context: quality by order and steps."""
+    row = lambda **want: chosen(few["rows"], **want)[0]
+    names = ("ancestral", "confidence", "spread")
+    rows = [[str(n), f"{row(order='ancestral', steps=n)['calls']:.1f}",
+             *(f"{row(who='denoiser', order=o, steps=n)['judge_nll']:.2f}" for o in names),
+             *(", ".join(f"{row(who='denoiser', order=o, steps=n)[k]:.2f}" for o in names) for k in ("entropy", "distinct_2"))]
+            for n in (1, 2, 4, 8, 16, 32, 64)]
+    for who in ("AR teacher", "held-out text"):
+        r = row(who=who)
+        rows.append([who, f"{r['calls']:.0f}" if "calls" in r else "", f"{r['judge_nll']:.2f}", "", "",
+                     f"{r['entropy']:.2f}", f"{r['distinct_2']:.2f}"])
+    return markdown(["steps", "calls, ancestral", *names, "entropy, in this order", "distinct bigrams"], rows)
+
+
+def branch(kept):
+    """SDTT on `branch`: whole rows, and the entropy of the branch among them."""
+    whos = {r["who"]: 0 for r in kept["measured"]}
+    rows = chosen(kept["measured"], noise=0.3)
+    return markdown(["tokens a step", *whos], [[str(n), *(", ".join(
+        f"{mean_of(rows, lambda r: r[k], who=who, tokens_a_step=n)[0]:.3f}" for k in ("whole", "branch_entropy"))
+        for who in whos)] for n in (1, 2, 4)])
+
+
+def rounds(few, kept):
+    """SDTT on text: students at their own number of steps, beside the denoiser that they come from."""
+    def cell(rows, **want):
+        found = chosen(rows, **want)
+        return found and (stated(found, lambda r: r["judge_nll"]) + " (" + ", ".join(
+            f"{mean_of(found, lambda r: r[k])[0]:.2f}" for k in ("entropy", "distinct_2")) + ")") or ""
+
+    ways = {f"{r['divergence']}, k = {r['k']}, {r['updates']} updates": {k: r[k] for k in ("divergence", "k", "updates")}
+            for r in sorted(kept["rows"], key=lambda r: (r["k"], r["updates"], r["divergence"]))}
+    students = {"denoiser": (few, {"who": "denoiser"}), "at temperature 0.9": (few, {"who": "denoiser, temperature 0.9"}),
+                **{name: (kept, way) for name, way in ways.items()}}
+    return markdown(["steps, order", *students], [[f"{n}, {order}", *(
+        cell(rows["rows"], steps=n, order=order, **way) for rows, way in students.values())]
+        for order in ("ancestral", "spread") for n in (32, 16, 8, 4, 2)])
+
+
+def needs(kept):
+    """OPDLM and its controls: what they need, and what their students write."""
+    states = {"data": "random masks", "rollout": "rollouts", "teacher": "random masks, the teacher's texts"}
+    targets = {"onehot": "one-hot", "prefix": "causal", "topk": "TCS"}
+    runs, rows = on_docs(kept), []
+    for r in runs:
+        way = {k: r[k] for k in ("student", "states", "target", "fraction", "steps")}
+        if way not in rows:
+            rows.append(way)
+    rows.sort(key=lambda w: (w["student"], -w["fraction"], w["states"], w["target"], w["steps"]))
+    gap = lambda j: lambda r: r["gap"][j]
+    return markdown(["from", "states", "target", "updates", "text tokens, M", "student tokens, M", "judge NLL, 4 steps",
+                     "2 steps", "known words", "KL on its own states", "KL on random masks", "seeds"], [
+        [{"ar": "AR weights", "random": "random weights"}[w["student"]],
+         states[w["states"]] + ", a tenth" * (w["fraction"] < 1), targets[w["target"]], str(w["steps"]),
+         f"{same[0]['text_tokens'] / 1e6:.2f}", f"{same[0]['student_tokens'] / 1e6:.2f}", stated(same, spread(4)),
+         stated(same, spread(2)), stated(same, spread(4, "known_words")), stated(same, gap(0)), stated(same, gap(1)),
+         str(len(same))] for w in rows for same in [chosen(runs, **w)]])
+
+
+def sums(kept):
+    """Which share of sums is right, by tokens a step."""
+    runs = chosen(kept["runs"], data="arithmetic", lr=0.02)
+    ways = {"plain": dict(target="onehot"), "causal, random masks": dict(states="data", target="prefix"),
+            "OPDLM": dict(states="rollout", target="prefix"), "TCS on rollouts": dict(states="rollout", target="topk")}
+    right = lambda way: lambda r: 100 * r["rows"][way]["last_word"]
+    return markdown(["", "updates", "1", "2", "4", "threshold 0.9", "seeds"], [
+        [name, str(n), *(stated(same, right(w), 1) + "%" for w in ("spread 4", "spread 2", "spread 1", "threshold 0")),
+         str(len(same))] for name, way in ways.items() for n in sorted({r["steps"] for r in chosen(runs, **way)})
+        for same in [chosen(runs, steps=n, **way)]])
+
+
+def corrections(kept):
+    """What `--correct` finds of one planted error a text."""
+    share = lambda r, *keys: ", ".join(f"{r[k]:.1%}" if r[k] < 0.1 else f"{r[k]:.0%}" for k in keys)
+    return markdown(["", "`--doubt`", "found", "of the rewritten, planted", "repaired exactly", "rewritten a text",
+                     "at random: found, of the rewritten planted", "rewritten in clean text"], [
+        [f"`{name}`", str(r["doubt"]), share(r, "found"), share(r, "of_rewritten_planted"), share(r, "repaired"),
+         f"{r['rewritten_a_text']:.1f}", share(r, "random_found", "random_precision"),
+         share(r, "rewritten_in_clean") + " of tokens"] for name in ("arithmetic", "docs") for r in kept[name]["measured"]])
+
+
+def found():
+    """The three methods, each beside its controls at equal updates: the README's one table."""
+    few, sdtt, tcs, kept = read("few-steps")["rows"], read("sdtt")["rows"], chosen(read("tcs"), group="share"), read("opdlm")
+    nll, bound = lambda r: r["judge_nll"], lambda r: r["test_nats_per_char"]
+    runs, long, one = chosen(on_docs(kept), steps=1000), chosen(on_docs(kept), steps=4000), dict(fraction=1)
+    plain, causal, opdlm = (way for _, way in (WAYS["plain"], WAYS["causal, random masks"], WAYS["OPDLM"]))
+    whole = chosen(kept["runs"], data="docs", block=0, steps=1000)
+    free = chosen(tcs, states="teacher")
+    tvd = dict(divergence="tvd", k=2, updates=300)
+    lines = [
+        ("`spread` order: 8 calls for 64 tokens", chosen(few, who="denoiser", order="spread", steps=8), nll,
+         [("ancestral, 64 steps", chosen(few, order="ancestral", steps=64))]),
+        ("TCS, no text but the teacher's: bound, nats a character", chosen(free, target="topk"), bound,
+         [("the same texts, one-hot", chosen(free, target="onehot")),
+          ("40% of the real text, one-hot", chosen(tcs, fraction=0.4, target="onehot"))]),
+        ("TCS, all the text: bound", chosen(tcs, states="data", target="topk", **one), bound,
+         [("one-hot", chosen(tcs, states="data", target="onehot", **one))]),
+        ("SDTT, 64 steps made 8, ancestral", chosen(sdtt, order="ancestral", steps=8, **tvd), nll,
+         [("its teacher in 8", chosen(few, who="denoiser", order="ancestral", steps=8))]),
+        ("SDTT, 64 steps made 4, `spread`", chosen(sdtt, order="spread", steps=4, **tvd), nll,
+         [("its teacher in 4", chosen(few, who="denoiser", order="spread", steps=4))]),
+        ("TCS, 4000 updates from the AR weights", chosen(long, states="data", target="topk"), spread(4),
+         [("plain", chosen(long, **plain)), ("causal target, random masks", chosen(long, **causal)),
+          ("OPDLM", chosen(long, **opdlm))]),
+        ("OPDLM, 1000 updates from the AR weights", chosen(runs, **opdlm, **one), spread(4),
+         [("plain", chosen(runs, **plain, **one)), ("causal target, random masks", chosen(runs, **causal, **one))]),
+        ("OPDLM, with a tenth of the text", chosen(runs, **opdlm, fraction=0.1), spread(4),
+         [("plain", chosen(runs, **plain, fraction=0.1)),
+          ("causal target, random masks", chosen(runs, **causal, fraction=0.1))]),
+        ("causal target, random masks, one block of 64", chosen(whole, target="prefix", states="data"), spread(64),
+         [("plain", chosen(whole, target="onehot")), ("OPDLM", chosen(whole, states="rollout"))])]
+    digits = lambda value: 3 if value is bound else 2
+    say = lambda rows, value: f"{stated(rows, value, digits(value))} [{len(rows)}]"
+    return markdown(["", "judge NLL [seeds]", "beside it"], [
+        [what, f"**{say(rows, value)}**", "; ".join(f"{name} {say(its, value)}" for name, its in controls)]
+        for what, rows, value, controls in lines])
+
+
+PICTURES = {"quality": lambda: quality(read("main-job")), "results": results}              # of the README
+TABLES = {"main-job": lambda: main_job(read("main-job")), "results": found, "branch": lambda: branch(read("branch-sdtt")),
+          "correct": lambda: corrections(read("correct"))}
+
+
+def with_tables(text):
+    """The README's text with its tables as the metrics say: each stands behind a line <!-- table NAME -->."""
+    return re.sub(r"(<!-- table (\S+) -->\n)(?:\|.*\n)*", lambda m: m[1] + TABLES[m[2]](), text)
+
 
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE.parent))
     from train_teacher import save_figure
-    for name, (draw, source) in PICTURES.items():
-        save_figure(draw(read(source)), HERE / f"{name}.png")
-        print(f"assets/{name}.png from assets/{source}.json")
+    for name, draw in PICTURES.items():
+        save_figure(draw(), HERE / f"{name}.png")
+    readme = HERE.parent / "README.md"
+    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    print("assets/*.png and the README's tables are drawn from assets/*.json")

@@ -45,15 +45,27 @@ def test_shows_the_functions_as_they_stand(path):
             assert names and all(inspect.getsource(getattr(dlm, name)).rstrip() in shown for name in names), names
 
 
-def test_each_picture_of_the_readme_is_drawn_from_what_is_kept():
-    sys.path.insert(0, str(ROOT / "assets"))
+@pytest.fixture
+def draw(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "assets"))
     import draw
+    yield draw
+    draw.plt.close("all")
+
+
+def test_each_picture_of_the_readme_is_drawn_from_what_is_kept(draw):
     shown = re.findall(r"!\[.*?\]\(assets/(\w+)\.png\)", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert sorted(shown) == sorted(draw.PICTURES)
-    for paint, source in draw.PICTURES.values():
-        for ax in (fig := paint(draw.read(source))).axes:
+    assert sorted(shown) == sorted(draw.PICTURES) == sorted(p.stem for p in (ROOT / "assets").glob("*.png"))
+    for paint in draw.PICTURES.values():
+        for ax in paint().axes:
             assert ax.get_xlabel() or ax.get_title()
             assert ax.get_ylabel() and (ax.lines or ax.patches)
             for line in ax.lines:
                 assert len(line.get_xdata()) and all(abs(float(y)) < 1e9 for y in line.get_ydata())   # no gaps, no NaN
-        draw.plt.close(fig)
+
+
+def test_each_table_of_the_readme_says_what_is_kept(draw):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"<!-- table (\S+) -->\n\|", readme)) == sorted(draw.TABLES)
+    assert draw.with_tables(readme) == readme
+    assert "nan" not in "".join(table() for table in draw.TABLES.values())
