@@ -856,9 +856,10 @@ def fill(model, z, noise, steps, order, threshold, remask, how):
     u, shuffle = noise.unflatten(-1, (-1, 2)).unbind(-1)                           # (B, L, 1 + remask)
     if order == "left":
         shuffle = (torch.arange(L, device=z.device) / L)[:, None].expand_as(shuffle)
-    free, when = (F.pad(a, (0, -L % b)).view(B, -1, b) for a in (z == V, (shuffle[..., 0] * N).long()))
-    count, busy, most = schedule(free, N, remask, when if order == "ancestral" else None)
     free, said = z == V, z.new_full((B, L), math.inf, dtype=noise.dtype)           # said: what it was drawn with
+    parted = lambda a: F.pad(a, (0, -L % b)).view(B, -1, b)                         # noqa: E731
+    when = parted((shuffle[..., 0] * N).long()) if order == "ancestral" else None
+    count, busy, most = schedule(parted(free), N, remask, when)
     past = None
     for k, start in enumerate(range(0, L, b)):
         now, first = slice(start, min(start + b, L)), b < L    # a block's first call runs all rows: it fills the cache

@@ -249,14 +249,6 @@ def main_job(kept):
          f"{r['bigram_entropy']:.2f}", f"{r['known_words']:.0%}"] for name, r in zip(names, kept["table"])])
 
 
-def estimates(kept):
-    """The estimators of the concrete score."""
-    return markdown(["estimator", "teacher tokens a position", "seconds", "KL from exact", "total variation", "entropy",
-                     "gradient variance"],
-                    [[r["estimator"], f"{r['tokens']:.0f}", *(f"{r[k]:.2f}" for k in (
-                        "seconds", "kl", "tv", "entropy", "variance"))] for r in kept["rows"]])
-
-
 def shares(kept):
     """TCS and its controls by what the student sees."""
     rows, runs = [], chosen(kept, group="share")
