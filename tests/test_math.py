@@ -336,6 +336,15 @@ def test_ancestral_sampler_follows_its_law(b, N):
     assert chi_square((x @ V ** torch.arange(L - 1, -1, -1)).bincount(minlength=V ** L), law) < 1
 
 
+def test_ancestral_steps_fall_evenly():
+    """METHODS 6: after n of N steps a share 1 - n/N of the tokens is hidden."""
+    z = torch.full((400, 64), MASK)
+    torch.manual_seed(0)
+    states = torch.stack(list(dlm.sample(random_model(64, L=64), z, 4, "ancestral")))
+    hidden = (states == MASK).float().mean((1, 2))
+    torch.testing.assert_close(hidden, torch.tensor([1, 0.75, 0.5, 0.25, 0]), atol=0.015, rtol=0)    # 5 standard errors
+
+
 def test_many_steps_are_the_random_order_sampler():
     model = random_model(4)
     random_order = (-L * random_orders(model, texts())[1]).exp()
