@@ -10,7 +10,6 @@ either half, so every control is one word away.
 import copy
 import dataclasses
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -87,9 +86,6 @@ def ar_model(o, seed, role, like):
         print(f"no {role} in {folder} yet, so it is trained first", flush=True)
         return train_teacher.train(t)
     ckpt = dlm.load(folder, "--teacher" if role == "teacher" else f"the {role},")[2]
-    if os.path.abspath(ckpt["options"]["data"]) != os.path.abspath(o.data):
-        raise UserError(f"--data {o.data}: the {role} in {folder} was trained on {ckpt['options']['data']}, which has the "
-                        "same name; rename one")
     if ckpt["trainer"] and ckpt["trainer"]["step"] < ckpt["options"]["steps"]:
         print(f"the {role} in {folder} was interrupted and goes on first", flush=True)
         options = {**ckpt["options"], "out": str(folder), "resume": str(folder), "device": o.device}
@@ -107,7 +103,7 @@ def same_vocabulary(name, tokenizer, model, with_name, with_tokenizer, with_mode
 
 
 def load_models(o, device):
-    """-> the teacher's path, the teacher, its tokenizer and options; the student with the weights it starts from."""
+    """-> the teacher's path, the teacher, its tokenizer and checkpoint; the student with the weights it starts from."""
     path = Path(o.teacher or ar_model(o, 0, "teacher", train_teacher.Options(tokenizer=o.tokenizer)))
     teacher, tokenizer, ckpt = dlm.load(path, "--teacher", device)
     if teacher.b != 1:
@@ -125,7 +121,7 @@ def load_models(o, device):
         same_vocabulary(f"--student {o.student}", its_tokenizer, start, "the teacher", tokenizer, teacher)
         student = dlm.Transformer(start.c if o.method == "sdtt" else dataclasses.replace(start.c, b=b)).to(device)
         student.load_state_dict(start.state_dict())
-    return path, teacher, tokenizer, train_teacher.Options(**ckpt["options"]), student
+    return path, teacher, tokenizer, ckpt, student
 
 
 def texts_for(o, states, every, teacher, ids):
@@ -319,10 +315,16 @@ def run(o, ckpt):
                         else "scored on rollouts of whole texts only; add --whole 1, or use prefix"))
     what = o.method if (states, target) == own[:2] else f"{states}-{target}"
     folder = train_teacher.folder_of(o, train_teacher.run_name(o, what, f"-b{o.block}"))
-    path, teacher, tokenizer, its_options, student = load_models(o, device)
+    path, teacher, tokenizer, its_ckpt, student = load_models(o, device)
+    its_options = train_teacher.Options(**its_ckpt["options"])
     text = dlm.load_text(o.data, tokenizer, teacher.L)
+    if not o.teacher:                                     # a given one may have learned from anything
+        dlm.same_text(path, its_ckpt, text)
+    if ckpt:
+        dlm.same_text(folder, ckpt, text)
     judge_path = ar_model(o, its_options.seed + 1, "judge", its_options)
-    judge, its_tokenizer, _ = dlm.load(judge_path, "the judge,", device)
+    judge, its_tokenizer, judge_ckpt = dlm.load(judge_path, "the judge,", device)
+    dlm.same_text(judge_path, judge_ckpt, text)
     same_vocabulary(f"--teacher {path}", tokenizer, teacher, f"the judge, {judge_path}", its_tokenizer, judge)
     ids = text.parts["train"].to(device)
     if states == "rollout" and student.L % student.b:

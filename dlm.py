@@ -224,6 +224,9 @@ def load_text(name, tokenizer, L):
     for part, ids in parts.items():
         if len(ids) <= L:
             raise UserError(f"--data {name}: too short, its {part} part has {len(ids)} tokens and --context is {L}")
+    lost = sum(map(len, texts.values())) - sum(map(len, parts.values()))
+    if tokenizer.kind == "char" and lost:
+        print(f"note: --data {name} has {lost} characters that the vocabulary has not; they are left out")
     sha256 = hashlib.sha256("\0".join(texts[p] for p in sorted(texts)).encode()).hexdigest()
     return Text(name, tokenizer, parts, set(re.findall(r"\w+", texts["train"])), sha256,
                 len(texts["test"]) / len(parts["test"]))
@@ -1209,11 +1212,12 @@ def replace_file(path, write, option="--out"):
         raise UserError(f"{option}: cannot write {path} ({e.strerror}); free some space or name another folder") from None
 
 
-def save(path, model, tokenizer, options, trainer=None, weights=None):
-    """A checkpoint that needs nothing else: config, tokenizer, weights, options, and with a Trainer all its state."""
+def save(path, model, tokenizer, options, trainer=None, weights=None, corpus=None):
+    """A checkpoint that needs nothing else: config, tokenizer, weights, options, the hash of the text it learned from, and
+    with a Trainer all its state."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "config": dataclasses.asdict(model.c), "tokenizer": tokenizer.state(),
-                "weights": weights or model.state_dict(), "options": options,
+                "weights": weights or model.state_dict(), "options": options, "corpus": corpus,
                 "trainer": trainer and trainer.state()}, buffer)
     replace_file(path, lambda f: f.write(buffer.getbuffer()))
 
@@ -1236,6 +1240,13 @@ def load(path, option, device="cpu"):
     model = Transformer(Config(**ckpt["config"])).to(device)
     model.load_state_dict(ckpt["weights"])
     return model.eval(), Tokenizer(**ckpt["tokenizer"]), ckpt
+
+
+def same_text(folder, ckpt, text):
+    """Refuses a checkpoint that learned from another version of a text: it may have seen what is held out now."""
+    if ckpt.get("corpus", text.sha256) != text.sha256:
+        raise UserError(f"--data {text.name}: is not the text that {folder} learned from; rename it, or delete that folder "
+                        "to train anew")
 
 
 def write_json(path, data):

@@ -95,7 +95,7 @@ def fit(o, folder, model, text, batch_loss, lr, ckpt, name, validate=None):
 
     def save():
         dlm.save(folder / "checkpoint.pt", model, text.tokenizer, dataclasses.asdict(o), trainer,
-                 trainer.best or trainer.ema)
+                 trainer.best or trainer.ema, text.sha256)
 
     n = sum(p.numel() for p in model.parameters())
     kind = "AR, b = 1" if model.b == 1 else f"diffusion, b = {model.b}"
@@ -140,6 +140,8 @@ def train(o, ckpt=None):
     folder = folder_of(o, run_name(o, o.objective))
     device = dlm.pick_device(o.device)
     text = dlm.load_text(o.data, dlm.Tokenizer(**ckpt["tokenizer"]) if ckpt else o.tokenizer, o.context)
+    if ckpt:
+        dlm.same_text(folder, ckpt, text)
     b = 1 if o.objective == "ar" else o.block or o.context
     if (o.objective == "ar") != (b == 1) or (o.objective == "ar" and o.block > 1):
         raise UserError(f"--block {o.block}: an AR model has no blocks, and mdlm wants 2 or more, or 0 for the whole context")

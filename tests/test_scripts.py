@@ -853,6 +853,27 @@ def test_teacher_of_another_text_with_the_same_name_is_not_taken_for_this_one(re
     assert re.search("--data|--teacher", error)
 
 
+@pytest.mark.parametrize("script, argv, anew, folder", [
+    ("train", f"--resume {AR}", [], AR), ("distill", f"--resume {TCS}", [AR], TCS),
+    ("distill", f"{ONE} --block 4 --out run", [], AR), ("distill", f"{ONE} --block 4 --out run", [AR], JUDGE)])
+def test_a_text_that_changed_since(refused, monkeypatch, script, argv, anew, folder):
+    """Its parts are others now: a model that goes on, teaches or judges may have seen what is held out."""
+    monkeypatch.setattr(dlm.Trainer, "fit", lambda *_: pytest.fail("trained before it looked"))
+    with open("tiny.txt", "a") as f:
+        f.write("One more statement.\n")
+    for name in anew:
+        ckpt = torch.load(f"{name}/checkpoint.pt")
+        torch.save({**ckpt, "corpus": dlm.load_text("tiny.txt", "char", 16).sha256}, f"{name}/checkpoint.pt")
+    assert folder in refused(script, argv)
+
+
+def test_characters_that_are_left_out_are_counted(home, capsys):
+    with open("tiny.txt", "a") as f:
+        f.write("éééé\n")
+    dlm.load_text("tiny.txt", dlm.load(AR, "")[1], 16)
+    assert "4 characters" in capsys.readouterr().out
+
+
 def test_nothing_to_sample_from(refused, monkeypatch):
     monkeypatch.setattr(sample, "SHIPPED", Path("nowhere.pt"))
     shutil.rmtree("runs")
