@@ -21,7 +21,7 @@ import torch
 import dlm
 from dlm import UserError, option
 
-SHIPPED = Path(__file__).parent / "assets" / "dlm-docs.pt"  # a small trained model, so that something shows at once
+SHIPPED = Path(__file__).parent / "assets" / "dlm-docs-whole.pt"  # a small trained model, so that something shows at once
 
 NO_THRESHOLD = (*dlm.CHANCE, "left", "spread")               # orders that say themselves how many tokens a step reveals
 
@@ -217,7 +217,7 @@ def draw_gif(frames, path):
         for y, line in enumerate(frame):
             for x, (c, kind) in enumerate(line):
                 ImageDraw.Draw(pictures[-1]).text((10 + 9 * x, 10 + 20 * y), c, INKS[kind], font)
-    milliseconds = [90] * (len(pictures) - 1) + [2500]
+    milliseconds = [120] * (len(pictures) - 1) + [2500]
     dlm.replace_file(path, lambda f: pictures[0].save(f, "GIF", save_all=True, append_images=pictures[1:],
                                                       duration=milliseconds, loop=0), "--gif")
 
