@@ -77,8 +77,7 @@ def shakespeare():
             data = urllib.request.urlopen(url, timeout=30).read()
         except (OSError, http.client.HTTPException) as e:
             raise UserError(f"--data shakespeare: no network ({e!r}); put the file at {path}, or use --data docs") from None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, lambda f: f.write(data))
+        replace_file(path, lambda f: f.write(data), "--data shakespeare")
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise UserError(f"--data shakespeare: {path} is not the expected file (checksum); delete it and run again")
     return path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -261,7 +260,7 @@ def slots(L, b, device=None):
     """Input slots of one pass over a text: their positions (S,), and whether they carry clean or noisy tokens (S,).
 
     b = 1      clean  [MASK] x_0 .. x_{L-2}            slot i holds x_{i-1} and is read as p(x_i | x_<i)
-    1 < b < L  clean  x_0 .. x_{last block}, then noisy z_0 .. z_{L-1}, where p(x_i | ...) is read at z_i
+    1 < b < L  clean  x of all blocks but the last, then noisy z_0 .. z_{L-1}, where p(x_i | ...) is read at z_i
     b = L      noisy  z_0 .. z_{L-1}                   no block is earlier than the last, so no clean slot is needed
 
     The shift at b = 1 is the one special case: a block of one hidden token has nothing to say but its position,
@@ -273,7 +272,7 @@ def slots(L, b, device=None):
 
 
 def attends(pos_q, clean_q, pos_k, clean_k, b):
-    """The attention mask (Q, K): clean earlier blocks, and one's own block in one's own stream. [NEW] the flag b."""
+    """The attention mask (Q, K): clean earlier blocks, and one's own block in one's own stream. The flag b is all that is new."""
     block_q, block_k = pos_q[:, None] // b, pos_k // b
     return (clean_k & (block_k < block_q)) | ((clean_q[:, None] == clean_k) & (block_k == block_q))
 
@@ -309,7 +308,7 @@ class Layer(nn.Module):
         if past is not None:
             past[:, :, :, done:done + T] = torch.stack([k, v])
             k, v = past[:, :, :, :done + T].to(q.dtype)
-        q, h, causal = q[:, :, -read:], h[:, -read:], isinstance(mask, str)
+        q, h, causal = q[:, :, -read:], h[:, -read:], isinstance(mask, str)             # -0 is 0: all
         mask = None if causal or mask is None else mask[..., -read:, :]
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
         h = h + F.dropout(self.proj(y.transpose(1, 2).reshape(h.shape)), self.dropout, self.training)
@@ -373,7 +372,7 @@ class Transformer(nn.Module):
     # The next four serve decoding and scoring. Keys and values are kept in tensors made once, with room for all.
 
     def restart(self, x, e, b):
-        """AR only: log p(y_i | x before i's block, y_<i in it) (B, L, V), all blocks of b at once, as a second stream.
+        """AR only: log p(y_i | x before i's block, y_<i in it) (B, L, V): clean x beside y, which starts anew in each block.
 
         e (B, L, d): the embeddings of y. With y = x it is what model(x, x) says."""
         L = x.size(1)
@@ -525,26 +524,28 @@ def stratified(B, n, device):
     return (order + torch.rand(n, device=device)) / B
 
 
+def blocks(a, b, fill=0):
+    """Rows (B, L) cut into blocks (B, n, b), the last filled up."""
+    return F.pad(a, (0, -a.size(1) % b), value=fill).view(len(a), -1, b)
+
+
 def hide(x, b, mask):
     """Masked data: in each block of b tokens hide a random m-subset, m uniform on 1..block length. -> z (B, L).
 
-    Stratified: the m of one block's column spread evenly over the batch. At b = 1 everything is hidden. With `weights`
-    this is the bound ∫ 1/t E_z|t Σ_hidden -log p(x_i|z) dt of MDLM (2406.07524) and 2406.03736, without its 1/t."""
-    B, L = x.shape
-    n = -(-L // b)                                                                 # blocks; the last may be shorter
-    size = (L - b * torch.arange(n, device=x.device)).clamp(max=b)                 # (n,)
-    m = (stratified(B, n, x.device) * size).long().clamp(max=size - 1) + 1   # (B, n)
-    noise = F.pad(torch.rand(B, L, device=x.device), (0, n * b - L), value=2.0).view(B, n, b)
+    Stratified: the m of one block's column spread evenly over the batch. At b = 1 everything is hidden. With `weights` this
+    is the bound ∫ 1/t E_z|t Σ_hidden -log p(x_i|z) dt of MDLM (2406.07524) and 2406.03736: m takes the place of t and 1/t."""
+    size = blocks(torch.ones_like(x), b).sum(-1)                                   # (B, n); the last may be shorter
+    m = (stratified(*size.shape, x.device) * size).long().clamp(max=size - 1) + 1
+    noise = blocks(torch.rand(x.shape, device=x.device), b, fill=2.0)
     hidden = noise.argsort(-1).argsort(-1) < m[..., None]                          # rank of each token's noise < m
-    return torch.where(hidden.view(B, -1)[:, :L], mask, x)
+    return torch.where(hidden.flatten(1)[:, :x.size(1)], mask, x)
 
 
 def weights(hidden, b):
     """Weight of each hidden token (B, L): block length / hidden in its block / L. Summed over a text: nats per token."""
-    B, L = hidden.shape
-    h = F.pad(hidden.float(), (0, -L % b)).view(B, -1, b)
-    size = (L - b * torch.arange(h.size(1), device=h.device)).clamp(max=b)[:, None]
-    return (h * size / h.sum(-1, keepdim=True).clamp(min=1) / L).view(B, -1)[:, :L]
+    L, h = hidden.size(1), blocks(hidden.float(), b)
+    size = blocks(torch.ones_like(hidden), b).sum(-1, keepdim=True)
+    return (h * size / h.sum(-1, keepdim=True).clamp(min=1) / L).flatten(1)[:, :L]
 
 
 def divergence(p, log_q, kind="forward"):
@@ -554,7 +555,7 @@ def divergence(p, log_q, kind="forward"):
     tvd: half the absolute difference; mse: the squared difference of probabilities. With p one-hot and `forward`
     it is the cross-entropy."""
     if kind == "forward":
-        return torch.xlogy(p, p).sum(-1) - (p * log_q.clamp(min=-1e4)).sum(-1)
+        return torch.xlogy(p, p).sum(-1) - (p * log_q.clamp(min=-1e4)).sum(-1)       # 0 · -inf would be nan
     q = log_q.exp()
     if kind == "reverse":
         return (torch.xlogy(q, q) - torch.xlogy(q, p)).sum(-1)
@@ -574,7 +575,7 @@ def loss(student, x, z, target, kind="forward"):
     return (w * divergence(target, student(x, z), kind)).sum(1).mean()
 
 
-def one_hot(x, z, V):
+def one_hot(x, V):
     """Target of plain masked diffusion: the text itself. (B, L, V)"""
     return F.one_hot(x, V).float()
 
@@ -605,12 +606,13 @@ def suffix_log_prob(teacher, x, past, pos, cand, b, budget=None):
     length = ((i // b + 1) * b).clamp(max=L) - i - 1                                     # of the suffix
     order = length.argsort()
     out = torch.zeros(B * M, K, device=x.device, dtype=past[0].dtype)
-    while len(order) and (W := int(length[order[-1]])):                                  # the longest one left
-        order, chunk = order.tensor_split([max(0, len(order) - max(1, budget // (K * W)))])
-        G, j = max(1, min(K, 64 // W)), i[chunk, None] + torch.arange(W + 1, device=x.device)
+    while len(order) and (W := int(length[order[-1]])):                                  # the longest one left; 0: none
+        order, chunk = order.tensor_split([max(0, len(order) - max(1, budget // (K * W)))])    # R positions, the longest
+        G = max(1, min(K, 64 // W))     # substitutions in a row: they share its prefix, but attention grows as (G W)^2
+        n = -(-K // G)                                                                   # rows for a position
+        j = i[chunk, None] + torch.arange(W + 1, device=x.device)
         text = x[row[chunk, None], j.clamp(max=L - 1)]                                   # (R, W+1): x_i .. x_{i+W}
-        v = F.pad(cand.view(-1, K)[chunk], (0, -K % G)).view(-1, G, 1)                   # (R * K/G, G, 1)
-        n = len(v) // len(chunk)
+        v = F.pad(cand.view(-1, K)[chunk], (0, n * G - K)).view(-1, G, 1)                # (R n, G, 1)
         tokens = torch.cat([v, text[:, None, 1:-1].repeat(1, n * G, 1).view(len(v), G, W - 1)], dim=2)
         logp = teacher.extend(teacher.embedding(tokens), (i[chunk] + 1).repeat_interleave(n), past,
                               row[chunk].repeat_interleave(n)).view(len(chunk), n * G, W, -1)[:, :K]
@@ -635,7 +637,7 @@ def concrete_score(teacher, x, pos, b, by="prefix", K=None, rescore=True):
 
     Candidates are the K most likely by `prefix`, p_T(v|x_<i), or by `grad`, which adds the first-order change of the
     suffix <∇_{e_i} log p_T(suffix), E_v - E_{x_i}>; then scored exactly unless `rescore` is off. Where x_i is not a
-    candidate the result is one-hot x_i: then the mean over x ~ p_T(x|z) is p_T(x_i|z) for every K ("prefix")."""
+    candidate the result is one-hot x_i: so, by "prefix", the mean over x ~ p_T(x|z) is p_T(x_i|z) for every K."""
     B, L = x.shape
     prior, past = teacher.prefill(x)
     rows = torch.arange(B, device=x.device)[:, None]
@@ -658,12 +660,12 @@ def tcs(teacher, x, b, estimator="topk", K=None, quiet=False):
 
     c_i depends on the text and on b, not on what is hidden, so it is computed once and serves every epoch and noise
     level; `dense` makes rows of it a target. K: instead of the estimator's own; all of the vocabulary if it has none."""
-    how = {**ESTIMATORS[estimator]}
-    how["K"] = how["K"] and (K or how["K"])
+    how = ESTIMATORS[estimator]
+    K = (K or how["K"]) if how["K"] else teacher.V
     v, c, pos = [], [], torch.arange(x.size(1), device=x.device)
     for rows in tqdm(x.split(16), desc="scoring texts", unit="16 texts", leave=False, disable=quiet or None):
-        p = concrete_score(teacher, rows, pos.expand(len(rows), -1), b, **how).exp().float()
-        p, candidates = p.topk(min(how["K"] or teacher.V, teacher.V), dim=-1)
+        p = concrete_score(teacher, rows, pos.expand(len(rows), -1), b, how["by"], K, how["rescore"]).exp().float()
+        p, candidates = p.topk(min(K, teacher.V), dim=-1)
         v.append(candidates.int())
         c.append(p)
     return torch.cat(v), torch.cat(c)
@@ -707,7 +709,8 @@ def sdtt(teacher, x, z, t, dt, k=2):
 # OPDLM: on-policy distillation of an AR model into a diffusion LM (2606.06712)
 
 class Blocks:
-    """A model that writes every block of texts x (B, L) behind x's own earlier blocks: to `sample`, B * L/b texts of b."""
+    """Stands in for `model` in `sample`: z (B n, b), of which row j is block j % n of text j // n, behind x's own earlier
+    blocks; n = L / b."""
 
     def __init__(self, model, x):
         self.model, self.x, self.V, self.L, self.b = model, x, model.V, model.b, model.b
@@ -734,16 +737,16 @@ def rollout(model, x, steps=0, order="spread", whole=False):
     if whole:
         prompt = (stratified(B, 1, device) * L).long()
         z = torch.where(torch.arange(L, device=device) < prompt, x, model.V)
-        states = torch.stack(list(sample(model, z, steps, order)))                 # (n * N + 1, B, L)
-        first = N * torch.arange(n, device=device)                                 # of each block
+        states = torch.stack(list(sample(model, z, steps, order)))                 # (1 + n N, B, L): after each step
+        begin = N * torch.arange(n, device=device)                                 # of each block: the state it begins in
     else:
         z = x.new_full((B * n, b), model.V)
         states = torch.stack(list(sample(Blocks(model, x), z, steps, order))).view(N + 1, B, L)
-        first = torch.zeros(n, dtype=torch.long, device=device)
+        begin = torch.zeros(n, dtype=torch.long, device=device)
     model.train(training)
     hidden = (states[0] == model.V).view(B, n, b).sum(-1)                          # (B, n), at the beginning
-    now = first + (stratified(B, n, device) * hidden.clamp(max=N)).long().clamp(max=N - 1)
-    return states[-1], states.gather(0, now.repeat_interleave(b, dim=1)[None])[0]
+    at = begin + (stratified(B, n, device) * hidden.clamp(max=N)).long().clamp(max=N - 1)    # a state that a step began in
+    return states[-1], states.gather(0, at.repeat_interleave(b, dim=1)[None])[0]
 
 
 @torch.no_grad()
@@ -759,7 +762,8 @@ def opdlm(teacher, x, y, b):
 # The sampler
 
 def draw(p, u):
-    """Inverse-CDF draw from p (.., V) with uniforms u (..). In float64: float32 Gumbel noise is biased (2409.02908)."""
+    """Tokens from p (.., V) by inverse CDF with uniforms u (..). Summed in float64: sampling in float32 has been biased
+    towards likely tokens elsewhere (2409.02908)."""
     c = (p if p.device.type == "mps" else p.double()).cumsum(-1)
     return torch.searchsorted(c, (u.to(c) * c[..., -1])[..., None], right=True)[..., 0].clamp(max=p.size(-1) - 1)
 
@@ -859,17 +863,15 @@ def fill(model, z, noise, steps, order, threshold, remask, how):
     u, shuffle = noise.unflatten(-1, (-1, 2)).unbind(-1)                           # (B, L, 1 + remask)
     if order == "left":
         shuffle = (torch.arange(L, device=z.device) / L)[:, None].expand_as(shuffle)
-    free, said = z == V, z.new_full((B, L), math.inf, dtype=noise.dtype)           # said: what it was drawn with
-    parted = lambda a: F.pad(a, (0, -L % b)).view(B, -1, b)                         # noqa: E731
-    when = parted((shuffle[..., 0] * N).long()) if order == "ancestral" else None
-    count, busy, most = schedule(parted(free), N, remask, when)
+    free, said = z == V, z.new_full((B, L), math.inf, dtype=noise.dtype)           # said: the probability it was drawn with
+    when = blocks((shuffle[..., 0] * N).long(), b) if order == "ancestral" else None
+    count, busy, most = schedule(blocks(free, b), N, remask, when)
     past = None
     for k, start in enumerate(range(0, L, b)):
         now, first = slice(start, min(start + b, L)), b < L    # a block's first call runs all rows: it fills the cache
-        if spread:
-            stretch = (free[:, now].cumsum(1) - 1).clamp(min=0) // N               # of N hidden tokens, for each token
+        stretch = (free[:, now].cumsum(1) - 1).clamp(min=0) // N if spread else None      # hidden tokens 0..N-1: 0, ..
         for step in range(N + remask):
-            redo = max(0, step - N + 1)
+            redo = max(0, step - N + 1)                                            # 0: writing; 1, 2, ..: remasking
             if redo:
                 least = (shuffle[..., redo] if order in CHANCE else said)[:, now].masked_fill(~free[:, now], 2)
                 z[:, now].masked_fill_(rank(least) < count[:, k, step, None], V)
@@ -934,10 +936,9 @@ def correct(model, x, doubt=6.0):
 
 def unseen(z, model):
     """Whether some given token right of a hidden block will not be seen when that block is written (b < L)."""
-    hidden, given = z == model.V, z < model.V
     block = torch.arange(z.size(1), device=z.device) // model.b
-    first = torch.where(hidden, block, len(block)).amin(1)
-    return bool((torch.where(given, block, -1).amax(1) > first).any())
+    first = torch.where(z == model.V, block, len(block)).amin(1, keepdim=True)     # block with something hidden
+    return bool(((z < model.V) & (block > first)).any())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1029,24 +1030,24 @@ def passages(text, n=512):
     held = text.tokenizer.decode(text.parts["test"])
     ends = [m.end() for m in re.finditer(r"=\w+" if text.name == "arithmetic" else r"\w+", held)]
     ends = ends[len(ends) // 10:]                                       # each with something before it
-    return [held[:end] for end in ends[::-(-len(ends) // n)]]
+    return [held[:end] for end in ends[::max(1, -(-len(ends) // n))]]
 
 
 def last_word_accuracy(model, passages, tokenizer, **way):
     """Share of passages whose last word the model finds from what stands before it, of which it sees as much as its
     context holds. Greedy, told how many tokens to find; `way`: steps and order of `sample`. After LAMBADA (1606.06031)."""
-    right, alike = [], defaultdict(list)
+    right, alike = [torch.zeros(0)], defaultdict(list)
     for p in passages:
-        word = re.search(r" ?\w+\W*$", p)
+        word = re.search(r" ?\w+(?=\W*$)", p)
         if word:
-            known, wanted = tokenizer.encode(p[:word.start()][-20 * model.L:], unknown="drop"), tokenizer.encode(
-                re.sub(r"\W+$", "", word[0]), unknown="drop")
+            known, wanted = (tokenizer.encode(s, unknown="drop") for s in (p[:word.start()][-20 * model.L:], word[0]))
             x = torch.cat([known, wanted])[-model.L:]
-            alike[len(x)].append((x, torch.cat([known, wanted * 0 + model.V])[-model.L:]))
+            z = torch.cat([known, torch.full_like(wanted, model.V)])[-model.L:]
+            alike[len(x)].append((x, z))
     for pairs in alike.values():
         x, z = (torch.stack(each).to(model.embedding.weight.device) for each in zip(*pairs))
-        right.append((generate(model, len(z), given=z, temperature=0, **way) == x).all(1))
-    return torch.cat(right).float().mean().item()
+        right.append((generate(model, len(z), given=z, temperature=0, **way) == x).all(1).float().cpu())
+    return torch.cat(right).mean().nan_to_num(0).item()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1115,7 +1116,9 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         for o, s in zip(self.optimizers, state["optimizers"]):
             o.load_state_dict(s)
-        for k in ("ema", "best", "history", "step", "loss_sum", "seconds"):
+        for k, v in state["ema"].items():
+            self.ema[k].copy_(v)               # the checkpoint was read to the CPU, the model may be elsewhere
+        for k in ("best", "history", "step", "loss_sum", "seconds"):
             setattr(self, k, state[k])
         torch.set_rng_state(state["rng"].cpu())
         if state["cuda_rng"] is not None and torch.cuda.is_available():
@@ -1128,15 +1131,12 @@ class Trainer:
         return model.eval()
 
     def update(self, batch_loss):
-        """One step: warm-up over a tenth, then constant, then a linear decay to zero over the last 60%."""
+        """One step. The rate rises over a tenth of the steps (at most 100), stays, and falls to zero over the last 60%."""
         left = (self.steps - self.step) / self.steps
         rate = min(1, (self.step + 1) / min(100, max(1, self.steps / 10)), left / 0.6)
         for o, lr in zip(self.optimizers, self.rates):
             o.param_groups[0]["lr"] = lr * rate
-        cuda = self.model.embedding.weight.is_cuda
-        with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
-            value = batch_loss()
-        value.backward()
+        value = self.gradient(batch_loss)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for o in self.optimizers:
             o.step()
@@ -1146,13 +1146,20 @@ class Trainer:
         self.step += 1
         return value.detach()
 
+    def gradient(self, batch_loss):
+        """Adds the gradient of a batch's loss to the parameters -> the loss."""
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.model.embedding.weight.is_cuda):
+            value = batch_loss()
+        value.backward()
+        return value
+
     def estimate(self, batch_loss):
         """Seconds that the steps left will take, from the fastest of three tries that leave no trace."""
         tries = []
         with seeded(0):
             for _ in range(3):
                 start = time.time()
-                float(batch_loss().backward() or 0)
+                float(self.gradient(batch_loss))                # waits for the device
                 tries.append(time.time() - start)
         self.model.zero_grad(set_to_none=True)
         return min(tries) * (self.steps - self.step)
@@ -1164,7 +1171,8 @@ class Trainer:
         every, interrupted = max(1, self.steps // evaluations), []
         bar = tqdm(total=self.steps, initial=self.step, desc=name, unit="step", mininterval=0.5, disable=None)
         before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
-        start, self.model = time.time() - self.seconds, self.model.train()
+        start = time.time() - self.seconds
+        self.model.train()
         try:
             while self.step < self.steps:
                 value = self.update(batch_loss)
@@ -1173,11 +1181,11 @@ class Trainer:
                 if self.step % 10 == 0:
                     bar.set_postfix(loss=f"{float(value):.3f}", val=f"{self.history[-1][3]:.3f}" if self.history else "-")
                 if self.step % every == 0 or self.step == self.steps:
-                    n, value = self.step % every or every, validate(self.averaged(self.ema))
+                    n, validation = self.step % every or every, validate(self.averaged(self.ema))
                     self.seconds = time.time() - start
-                    if not self.history or value < min(h[3] for h in self.history):
+                    if not self.history or validation < min(h[3] for h in self.history):
                         self.best = {k: v.clone() for k, v in self.ema.items()}
-                    self.history.append([self.step, self.seconds, float(self.loss_sum) / n, value])
+                    self.history.append([self.step, self.seconds, float(self.loss_sum) / n, validation])
                     self.loss_sum = 0.0
                     save()
                 if interrupted:

@@ -152,7 +152,7 @@ def train(o, ckpt=None):
     def batch_loss(student, _):
         x = dlm.windows(ids, o.batch_size, o.context)
         z = dlm.hide(x, b, model.V)
-        return dlm.loss(student, x, z, dlm.one_hot(x, z, model.V))
+        return dlm.loss(student, x, z, dlm.one_hot(x, model.V))
 
     trainer = fit(o, folder, model, text, batch_loss, o.lr, ckpt, folder.name)
     report(o, folder, trainer, trainer.averaged(), text)

@@ -284,7 +284,7 @@ def test_loss_and_reported_bound_estimate_the_bound(b):
     with torch.no_grad():
         for _ in range(300):
             z = dlm.hide(x, b, MASK)
-            values.append(dlm.loss(model, x, z, dlm.one_hot(x, z, V).double()).item())
+            values.append(dlm.loss(model, x, z, dlm.one_hot(x, V).double()).item())
     values = torch.tensor(values)
     assert abs(values.mean() - exact) < 4 * values.std() / 300 ** 0.5 + 1e-6
     mean, se = dlm.bound(model, x, repeats=200)
@@ -792,7 +792,7 @@ def test_one_hot_where_the_text_is_no_candidate():
     teacher, x = source(), texts()
     c = dlm.concrete_score(teacher, x, everywhere, 4, K=1).exp()
     first = teacher(x, x).argmax(-1) == x
-    torch.testing.assert_close(c, dlm.one_hot(x, None, V).double())   # K=1: the only candidate, or not a candidate
+    torch.testing.assert_close(c, dlm.one_hot(x, V).double())   # K=1: the only candidate, or not a candidate
     c = dlm.concrete_score(teacher, x, everywhere, 4, K=2).exp()
     assert (c.gather(2, x[..., None]) > 0).all() and first.any() and not first.all()
 
@@ -843,7 +843,7 @@ def test_concrete_scores_vary_less_than_the_text():
     """Rao-Blackwell, position by position: over x ~ p_T(x | z), c_i has the one-hot target's mean and less variance."""
     teacher, x = source(), texts()
     p = teacher.log_prob(x).exp()
-    c, text = dlm.concrete_score(teacher, x, everywhere, 4).exp(), dlm.one_hot(x, None, V).double()
+    c, text = dlm.concrete_score(teacher, x, everywhere, 4).exp(), dlm.one_hot(x, V).double()
     for hidden in subsets(range(L)):
         seen = sorted(set(range(L)) - hidden)
         w = p * (x == x[50])[:, seen].all(1)
