@@ -77,34 +77,9 @@ class Options:
     overwrite: bool = option(False, "replace the run that is in the folder")
 
 
-def ar_model(o, seed, role, like):
-    """The folder of the AR model with this seed: found in runs/, gone on with if it was interrupted, or trained like
-    `like`."""
-    t = dataclasses.replace(like, data=o.data, seed=seed, device=o.device, out="", resume="", overwrite=False)
-    folder = Path("runs") / train_teacher.run_name(t, "ar")
-    if not (folder / "checkpoint.pt").exists():
-        print(f"no {role} in {folder} yet, so it is trained first", flush=True)
-        return train_teacher.train(t)
-    ckpt = dlm.load(folder, "--teacher" if role == "teacher" else f"the {role},")[2]
-    if ckpt["trainer"] and ckpt["trainer"]["step"] < ckpt["options"]["steps"]:
-        print(f"the {role} in {folder} was interrupted and goes on first", flush=True)
-        options = {**ckpt["options"], "out": str(folder), "resume": str(folder), "device": o.device}
-        return train_teacher.train(train_teacher.Options(**options), ckpt)
-    return folder
-
-
-def same_vocabulary(name, tokenizer, model, with_name, with_tokenizer, with_model):
-    if tokenizer.state() != with_tokenizer.state():
-        raise UserError(f"{name}: its vocabulary is not that of {with_name}; use models trained with the same --data "
-                        "and --tokenizer")
-    if model.L != with_model.L:
-        raise UserError(f"{name}: its context is {model.L} and that of {with_name} {with_model.L}; train both with one "
-                        "--context")
-
-
 def load_models(o, device):
     """-> the teacher's path, the teacher, its tokenizer and checkpoint; the student with the weights it starts from."""
-    path = Path(o.teacher or ar_model(o, 0, "teacher", train_teacher.Options(tokenizer=o.tokenizer)))
+    path = Path(o.teacher or train_teacher.ar_model(o, 0, "teacher", train_teacher.Options(tokenizer=o.tokenizer)))
     teacher, tokenizer, ckpt = dlm.load(path, "--teacher", device)
     if teacher.b != 1:
         raise UserError(f"--teacher {path}: a diffusion model (b = {teacher.b}), where an AR one is needed; train one "
@@ -118,13 +93,13 @@ def load_models(o, device):
         student.load_state_dict(teacher.state_dict())
     elif o.student != "random":
         start, its_tokenizer, _ = dlm.load(o.student, "--student", device)
-        same_vocabulary(f"--student {o.student}", its_tokenizer, start, "the teacher", tokenizer, teacher)
+        dlm.same_vocabulary(f"--student {o.student}", its_tokenizer, start, "the teacher", tokenizer, teacher)
         student = dlm.Transformer(start.c if o.method == "sdtt" else dataclasses.replace(start.c, b=b)).to(device)
         student.load_state_dict(start.state_dict())
     return path, teacher, tokenizer, ckpt, student
 
 
-def texts_for(o, states, every, teacher, ids):
+def texts_for(o, states, all_windows, teacher, ids):
     """The student's texts (n, L): windows of its share of the training text, or written by the AR teacher."""
     L = teacher.L
     with dlm.seeded(o.seed):
@@ -132,8 +107,8 @@ def texts_for(o, states, every, teacher, ids):
             return torch.cat([dlm.generate(teacher, len(rows)) for rows in torch.arange(o.texts).split(512)])
         n = max(L, int(o.fraction * len(ids)))
         start = torch.randint(len(ids) - n + 1, ())
-    windows = ids[start:start + n].unfold(0, L, 1)                              # all of them, as a view
-    return windows if every else windows[torch.linspace(0, len(windows) - 1, o.texts).long().unique()]
+    x = ids[start:start + n].unfold(0, L, 1)                                    # every window, as a view
+    return x if all_windows else x[torch.linspace(0, len(x) - 1, o.texts).long().unique()]
 
 
 def make_batch_loss(o, states, target, teacher, itself, ids, val):
@@ -146,30 +121,39 @@ def make_batch_loss(o, states, target, teacher, itself, ids, val):
         aims = dlm.tcs(teacher, x_all, b, target, o.candidates)
 
     def states_and_targets(student, x, rows=None, whole=False):
-        """-> x, z (B, L), the target (B, L, V), and with rollouts what the student wrote."""
+        """-> texts x, states z (B, L), targets (B, L, V), and the texts y that targets are of: on rollouts what the student
+        wrote, block by block behind x, else x."""
+        y = x
         if on_policy:
             y, z = dlm.rollout(student, x, o.first, o.order, whole)
             x = y if whole else x
-            if target == "prefix":
-                return x, z, dlm.opdlm(teacher, x, y, b), y
-            return x, z, dlm.dense(*dlm.tcs(teacher, x, b, target, o.candidates, quiet=True), V), y
-        if target == "sdtt":
+        elif target == "sdtt":
             z, t = dlm.hide_at(x, b, V, o.last)
-            return x, z, dlm.sdtt(itself, x, z, t, 1 / o.first, o.k)
-        z = dlm.hide(x, b, V)
-        return x, z, dlm.one_hot(x, z, V) if target == "onehot" else dlm.dense(*(a[rows] for a in aims), V)
+        else:
+            z = dlm.hide(x, b, V)
+
+        if target == "onehot":
+            return x, z, dlm.one_hot(x, V), y
+        if target == "sdtt":
+            return x, z, dlm.sdtt(itself, x, z, t, 1 / o.first, o.k), y
+        if on_policy and target == "prefix":
+            return x, z, dlm.opdlm(teacher, x, y, b), y
+        aim = dlm.tcs(teacher, x, b, target, o.candidates, quiet=True) if on_policy else (a[rows] for a in aims)
+        return x, z, dlm.dense(*aim, V), y
 
     def batch_loss(student, done):
         rows = torch.randint(len(x_all), (o.batch_size,), device=ids.device)
         x, z, p = states_and_targets(student, x_all[rows], rows, done >= 1 - o.whole)[:3]
         return dlm.loss(student, x, z, p, o.divergence)
 
+    val = val[:64] if on_policy else val
+
     @torch.no_grad()
-    def validate(student, val=val[:64] if on_policy else val):
+    def validate(student):
         with dlm.seeded(0):
-            x, z, p, *y = states_and_targets(student, val, whole=o.whole == 1)
-        if y and dlm.entropy(y[0]) < FLOOR * dlm.entropy(val):
-            tqdm.write(f"warning: what the student writes has {dlm.entropy(y[0]):.2f} nats of entropy, held-out text "
+            x, z, p, y = states_and_targets(student, val, whole=o.whole == 1)
+        if on_policy and dlm.entropy(y) < FLOOR * dlm.entropy(val):
+            tqdm.write(f"warning: what the student writes has {dlm.entropy(y):.2f} nats of entropy, held-out text "
                        f"{dlm.entropy(val):.2f}; try a lower --lr, or --student from --method prefix")
         return dlm.loss(student, x, z, p, o.divergence).item()
 
@@ -209,17 +193,6 @@ def show(rows, b):
               + (f" {r['last_word']:>10.1%}" if "last_word" in r else ""))
 
 
-@torch.no_grad()
-def inference_gap(student, teacher, x, steps=0, order="spread"):
-    """KL from what the AR teacher says of the next token to what the student says, nats per token: on the states the
-    student visits when it writes blocks behind texts x (n, L) in this order, and on random masks of x."""
-    b = student.b
-    with dlm.seeded(0):
-        y, z = dlm.rollout(student, x, steps, order)
-        visited = dlm.loss(student, x, z, dlm.opdlm(teacher, x, y, b)).item()
-        return visited, dlm.loss(student, x, dlm.hide(x, b, student.V), dlm.opdlm(teacher, x, x, b)).item()
-
-
 def draw_quality(known, students):
     """Judge NLL and entropy against network calls: held-out text and AR teacher as lines, {name: rows} of students."""
     calls = sorted({r["calls"] for rows in students.values() for r in rows})
@@ -240,7 +213,10 @@ def finish(o, folder):
     """Runs into the folder, or goes on there if a run was interrupted; a finished one stays as it is -> the folder."""
     o, ckpt = dataclasses.replace(o, out=folder), None
     if Path(folder, "checkpoint.pt").exists() and not o.overwrite:
-        o, ckpt = train_teacher.resumed(dataclasses.replace(o, resume=folder), [])
+        kept, ckpt = train_teacher.resumed(dataclasses.replace(o, resume=folder), [])
+        if dataclasses.replace(o, lr=o.lr or kept.lr, resume=folder) != dataclasses.replace(kept, overwrite=False):
+            raise UserError(f"--out {folder}: holds a run with other options; --overwrite replaces it, or name another folder")
+        o = kept
     if ckpt is None or ckpt["trainer"]["step"] < o.steps or not Path(folder, "metrics.json").exists():
         run(o, ckpt)
     else:
@@ -268,19 +244,19 @@ def rounds(o):
     return folders
 
 
-def every(o):
+def main_job(o):
     """The main job: TCS, SDTT from its student, and OPDLM, each a run of its own; then one table and one figure of them."""
     for name in ("states", "target"):
         if getattr(o, name):
             raise UserError(f"--{name} {getattr(o, name)}: every method has its own; name one with --method")
     print("a teacher, a judge, then TCS, SDTT and OPDLM: 7 to 8 minutes on 2 cores with the defaults", flush=True)
     name = o.out or f"runs/{train_teacher.run_name(o, 'all', f'-b{o.block}')}"
-    part = {m: dataclasses.replace(o, method=m, steps=max(1, o.steps // share), texts=max(16, o.texts // 4), out=f"{name}-{m}")
+    parts = {m: dataclasses.replace(o, method=m, steps=max(1, o.steps // share), texts=max(16, o.texts // 4), out=f"{name}-{m}")
             for m, share in ALL.items()}
-    tcs = finish(part["tcs"], part["tcs"].out)
+    tcs = finish(parts["tcs"], parts["tcs"].out)
     half = (o.first or dlm.load(tcs, "--student")[0].b) // o.k                # one round is enough to see
-    sdtt = rounds(dataclasses.replace(part["sdtt"], student=tcs, last=max(o.last, half)))
-    opdlm = finish(part["opdlm"], part["opdlm"].out)
+    sdtt = rounds(dataclasses.replace(parts["sdtt"], student=tcs, last=max(o.last, half)))
+    opdlm = finish(parts["opdlm"], parts["opdlm"].out)
 
     table = {f: json.loads(Path(f, "metrics.json").read_text())["table"] for f in (tcs, *sdtt.values(), opdlm)}
     rows = {f: in_order(table[f], o.order) for f in table}
@@ -301,7 +277,7 @@ def main(argv=None):
     if ckpt or o.method not in ("all", "sdtt"):
         run(o, ckpt)
     else:
-        every(o) if o.method == "all" else rounds(o)
+        main_job(o) if o.method == "all" else rounds(o)
 
 
 def run(o, ckpt):
@@ -310,39 +286,39 @@ def run(o, ckpt):
     states, target, o.lr = o.states or own[0], o.target or own[1], o.lr or own[2]
     if o.divergence == "reverse" and target not in ("prefix", "sdtt"):
         raise UserError("--divergence reverse: infinite where the target is one-hot; use forward, tvd or mse")
-    if states == "rollout" and target != "prefix" and (target == "onehot" or o.whole < 1):
-        raise UserError(f"--target {target}: " + ("a student's own text teaches it nothing; use prefix" if target == "onehot"
-                        else "scored on rollouts of whole texts only; add --whole 1, or use prefix"))
+    if states == "rollout" and target in ("onehot", "sdtt"):
+        raise UserError("--states rollout: goes with --target prefix, or with a TCS estimator and --whole 1")
+    if states == "rollout" and target != "prefix" and o.whole < 1:
+        raise UserError(f"--target {target}: scored on rollouts of whole texts only; add --whole 1, or use prefix")
     what = o.method if (states, target) == own[:2] else f"{states}-{target}"
     folder = train_teacher.folder_of(o, train_teacher.run_name(o, what, f"-b{o.block}"))
-    path, teacher, tokenizer, its_ckpt, student = load_models(o, device)
-    its_options = train_teacher.Options(**its_ckpt["options"])
+    path, teacher, tokenizer, teacher_ckpt, student = load_models(o, device)
+    like = train_teacher.Options(**teacher_ckpt["options"])
     text = dlm.load_text(o.data, tokenizer, teacher.L)
     if not o.teacher:                                     # a given one may have learned from anything
-        dlm.same_text(path, its_ckpt, text)
+        dlm.same_text(path, teacher_ckpt, text)
     if ckpt:
         dlm.same_text(folder, ckpt, text)
-    judge_path = ar_model(o, its_options.seed + 1, "judge", its_options)
-    judge, its_tokenizer, judge_ckpt = dlm.load(judge_path, "the judge,", device)
+    judge_path = train_teacher.ar_model(o, like.seed + 1, "judge", like)
+    judge, judge_tokenizer, judge_ckpt = dlm.load(judge_path, "the judge,", device)
     dlm.same_text(judge_path, judge_ckpt, text)
-    same_vocabulary(f"--teacher {path}", tokenizer, teacher, f"the judge, {judge_path}", its_tokenizer, judge)
+    dlm.same_vocabulary(f"--teacher {path}", tokenizer, teacher, f"the judge, {judge_path}", judge_tokenizer, judge)
     ids = text.parts["train"].to(device)
-    if states == "rollout" and student.L % student.b:
-        raise UserError(f"--block {student.b}: rollouts need one that divides the context of {student.L}")
     before = time.time()                                  # the teacher's part: writing and scoring
     val = dlm.consecutive(text.parts["val"], student.L, 256).to(device)
     batch_loss, validate = make_batch_loss(o, states, target, teacher, copy.deepcopy(student).eval(), ids, val)
     prepared = time.time() - before
-    with dlm.seeded(0), dlm.counting(student) as begin:
-        batch_loss(student, 0.0)
-    with dlm.seeded(0), dlm.counting(student) as end:
-        batch_loss(student, 1.0)
-    tokens = o.steps * ((1 - o.whole) * begin["slots"] + o.whole * end["slots"])
+    tokens = 0
+    for done, share in ((0.0, 1 - o.whole), (1.0, o.whole)):             # single blocks first, then whole rollouts
+        if share:
+            with dlm.seeded(0), dlm.counting(student) as count:
+                batch_loss(student, done)
+            tokens += o.steps * share * count["slots"]
     trainer = train_teacher.fit(o, folder, student, text, batch_loss, o.lr, ckpt, folder.name, validate)
     model = trainer.averaged()
     most, held = min(model.b, o.first or model.b), dlm.consecutive(text.parts["test"], model.L, 64).to(device)
     rows, samples = evaluate(model, teacher, judge, text, device, most, o.order)
-    gap = None if model.L % model.b else inference_gap(model, teacher, held, most, o.order)
+    gap = None if model.L % model.b else dlm.inference_gap(model, teacher, held, most, o.order)
     if gap:
         print(f"\nKL from the AR teacher: {gap[0]:.3f} nats per token on states that the student visits, {gap[1]:.3f} on "
               "random masks")

@@ -1025,6 +1025,17 @@ def judge_sampling(model, B, judge, text, **way):
     return {**way, "calls": count["rows"] / B, "seconds": time.time() - start, **judge_samples(judge, x, text)}, x
 
 
+@torch.no_grad()
+def inference_gap(student, teacher, x, steps=0, order="spread"):
+    """KL from what the AR teacher says of the next token to what the student says, nats per token: on the states the
+    student visits when it writes blocks behind texts x (n, L) in this order, and on random masks of x."""
+    b = student.b
+    with seeded(0):
+        y, z = rollout(student, x, steps, order)
+        visited = loss(student, x, z, opdlm(teacher, x, y, b)).item()
+        return visited, loss(student, x, hide(x, b, student.V), opdlm(teacher, x, x, b)).item()
+
+
 def passages(text, n=512):
     """Held-out text, cut behind n of its words (for sums: results), evenly spaced: list of strings."""
     held = text.tokenizer.decode(text.parts["test"])
@@ -1144,14 +1155,14 @@ class Trainer:
         decay = min(self.EMA, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.ema.values()), list(self.model.state_dict().values()), 1 - decay)
         self.step += 1
-        return value.detach()
+        return value
 
     def gradient(self, batch_loss):
         """Adds the gradient of a batch's loss to the parameters -> the loss."""
         with torch.autocast("cuda", torch.bfloat16, enabled=self.model.embedding.weight.is_cuda):
             value = batch_loss()
         value.backward()
-        return value
+        return value.detach()
 
     def estimate(self, batch_loss):
         """Seconds that the steps left will take, from the fastest of three tries that leave no trace."""
@@ -1255,6 +1266,16 @@ def same_text(folder, ckpt, text):
     if ckpt.get("corpus", text.sha256) != text.sha256:
         raise UserError(f"--data {text.name}: is not the text that {folder} learned from; rename it, or delete that folder "
                         "to train anew")
+
+
+def same_vocabulary(name, tokenizer, model, with_name, with_tokenizer, with_model):
+    """Refuses models that do not read the same tokens, or not as many."""
+    if tokenizer.state() != with_tokenizer.state():
+        raise UserError(f"{name}: its vocabulary is not that of {with_name}; use models trained with the same --data "
+                        "and --tokenizer")
+    if model.L != with_model.L:
+        raise UserError(f"{name}: its context is {model.L} and that of {with_name} {with_model.L}; train both with one "
+                        "--context")
 
 
 def write_json(path, data):

@@ -107,15 +107,14 @@ def read_passages(path):
 
 def bench(o, device):
     """Each checkpoint by each order and number of steps: quality under the judge, calls, seconds. Table, JSON, figure."""
-    from distill import same_vocabulary             # here: sampling need not wait for matplotlib
-    from train_teacher import plt, save_figure
+    from train_teacher import plt, save_figure      # here: sampling need not wait for matplotlib
     judge, tokenizer, ckpt = dlm.load(o.judge, "--judge", device)
     if judge.b != 1:
         raise UserError(f"--judge {o.judge}: a diffusion model; name an AR one")
     models = []
     for path in o.bench.split(","):
         model, its_tokenizer, _ = dlm.load(path, "--bench", device)
-        same_vocabulary(f"--bench {path}", its_tokenizer, model, f"--judge {o.judge}", tokenizer, judge)
+        dlm.same_vocabulary(f"--bench {path}", its_tokenizer, model, f"--judge {o.judge}", tokenizer, judge)
         models.append((path, model))
     text = dlm.load_text(ckpt["options"]["data"], tokenizer, judge.L)
     passages = read_passages(o.passages) if o.passages else dlm.passages(text)

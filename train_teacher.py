@@ -159,6 +159,22 @@ def train(o, ckpt=None):
     return folder
 
 
+def ar_model(o, seed, role, like):
+    """The folder of the AR model with this seed: found in runs/, gone on with if it was interrupted, or trained like
+    `like`."""
+    t = dataclasses.replace(like, data=o.data, seed=seed, device=o.device, out="", resume="", overwrite=False)
+    folder = Path("runs") / run_name(t, "ar")
+    if not (folder / "checkpoint.pt").exists():
+        print(f"no {role} in {folder} yet, so it is trained first", flush=True)
+        return train(t)
+    ckpt = dlm.load(folder, "--teacher" if role == "teacher" else f"the {role},")[2]
+    if ckpt["trainer"] and ckpt["trainer"]["step"] < ckpt["options"]["steps"]:
+        print(f"the {role} in {folder} was interrupted and goes on first", flush=True)
+        options = {**ckpt["options"], "out": str(folder), "resume": str(folder), "device": o.device}
+        return train(Options(**options), ckpt)
+    return folder
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     o, ckpt = resumed(dlm.parse(Options, argv, __doc__), argv)

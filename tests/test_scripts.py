@@ -300,7 +300,8 @@ def test_sdtt_goes_on_where_it_was_interrupted(call, monkeypatch):
 @pytest.mark.parametrize("argv, named", [
     ("--student ar", "--student"), (f"--student {AR}", "--student"), ("--student runs/other", "--student"),
     (f"--student {TCS} --last 4", "--first"), (f"--student {TCS} --first 2 --last 2", "--first"),
-    (f"--target onehot --student {TCS}", "--target"), (f"--student {TCS} --k 8", "--first"), (f"--student {TCS} --k 1", "--k")])
+    (f"--target onehot --student {TCS}", "--target"), (f"--student {TCS} --k 8", "--first"), (f"--student {TCS} --k 1", "--k"),
+    (f"--student {TCS} --states rollout --whole 1", "--states")])
 def test_sdtt_refuses(refused, argv, named):
     assert refused("distill", f"{TEXT} --method sdtt {argv}").startswith(f"error: {named} ")
 
@@ -328,6 +329,9 @@ def test_all_methods_in_one_command(call, home):
     before = files(home)
     code, out, _ = call("distill", argv)
     assert code == 0 and out.count("finished before") == 3 and files(home) == before
+    for other in ("--steps 40", "--order left", "--lr 0.1"):                               # would mix two settings in one table
+        code, _, err = call("distill", f"{argv} {other}")
+        assert code == 2 and f"--out {base}-tcs" in err and files(home) == before
     assert call("distill", f"{TEXT} --method opdlm --steps 1 --batch_size 4")[0] == 0     # has a folder of its own
 
 
@@ -569,6 +573,17 @@ def test_ctrl_c_while_distilling(world, call, monkeypatch):
     assert same(end("stopped"), end(world / TCS))
 
 
+@pytest.mark.filterwarnings("ignore:for ")
+def test_a_resumed_trainer_lies_where_its_model_does(home):
+    """A checkpoint is read to the CPU; `meta` stands for another device."""
+    with dlm.seeded(0):
+        model, _, ckpt = dlm.load(TCS, "")
+        trainer = dlm.Trainer(model.to("meta"), 10, 0.1)
+        trainer.load(ckpt["trainer"])
+    assert {v.device.type for v in trainer.ema.values()} == {"meta"}
+    assert {v.device.type for o in trainer.optimizers for s in o.state.values() for v in s.values() if v.dim()} == {"meta"}
+
+
 def test_opdlm_goes_on_where_it_was_interrupted(call, monkeypatch):
     """Also in the middle of the steps whose rollouts are whole texts."""
     no_pictures(monkeypatch)
@@ -603,15 +618,15 @@ def test_the_order_a_student_was_trained_for_is_the_one_it_writes_in(call, monke
 def test_the_gap_between_a_model_and_itself_is_none(world):
     teacher, other = (dlm.load(world / run, "")[0] for run in (AR, JUDGE))
     x = torch.randint(teacher.V, (8, 16))
-    assert distill.inference_gap(teacher, teacher, x) == pytest.approx((0, 0), abs=1e-6)
-    assert min(distill.inference_gap(other, teacher, x)) > 1e-3
+    assert dlm.inference_gap(teacher, teacher, x) == pytest.approx((0, 0), abs=1e-6)
+    assert min(dlm.inference_gap(other, teacher, x)) > 1e-3
 
 
 def test_the_gap_is_measured_on_the_states_of_the_students_own_sampler(world, monkeypatch):
     (teacher, _, _), (student, _, _) = dlm.load(world / AR, ""), dlm.load(world / TCS, "")
     ways, rollout = [], dlm.rollout
     monkeypatch.setattr(dlm, "rollout", lambda model, x, *way: ways.append(way) or rollout(model, x, *way))
-    distill.inference_gap(student, teacher, torch.randint(teacher.V, (8, 16)), 2, "left")
+    dlm.inference_gap(student, teacher, torch.randint(teacher.V, (8, 16)), 2, "left")
     assert ways == [(2, "left")]
 
 
