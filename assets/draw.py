@@ -4,6 +4,7 @@ Each function takes what its JSON file holds and returns a figure, or a table as
 README's pictures and writes its tables.
 """
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -45,14 +46,6 @@ def stated(runs, value, digits=2, **want):
 def markdown(head, rows):
     """A table; a row is a list of strings."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)) + "\n"
-
-
-def quality(kept):
-    """The main job: judge NLL and entropy against network calls."""
-    from distill import draw_quality           # as the main job does; not above, since it turns off a notebook's pictures
-    known, lines = kept["table"][:2], kept["table"][2:]
-    names = dict.fromkeys(r["what"].split(",")[0] for r in lines)
-    return draw_quality(known, {n: [r for r in lines if r["what"].startswith(n)] for n in names})
 
 
 def parallel(kept):
@@ -111,7 +104,7 @@ def bound_against_share(ax, kept):
     """TCS: the students' bound against the share of the text that they see, by target."""
     runs = chosen(kept, group="share")
     bound = lambda r: r["test_nats_per_char"]
-    for target, style, label in (("onehot", "ko-", "plain: one-hot"), ("prefix", "k^:", "causal"), ("topk", "ks--", "TCS")):
+    for target, style, label in (("onehot", "ko-", "plain: one-hot"), ("prefix", "k^", "prefix: causal"), ("topk", "ks", "TCS")):
         shares = sorted({r["fraction"] for r in chosen(runs, states="data", target=target)})
         at = [mean_of(runs, bound, states="data", target=target, fraction=f) for f in shares]
         ax.errorbar(shares, [m for m, _ in at], [e for _, e in at], fmt=style, capsize=3, markerfacecolor="none",
@@ -125,6 +118,9 @@ def bound_against_share(ax, kept):
     ax.legend(fontsize=7)
 
 
+TVD = dict(divergence="tvd", k=2, updates=300, lr=0.01, ema=0.99)       # SDTT, as most of its students were made
+
+
 def quality_against_steps(ax, few, kept):
     """SDTT: judge NLL against sampling steps, of a denoiser and of its students at TVD."""
     judged = lambda r: r["judge_nll"]
@@ -132,7 +128,7 @@ def quality_against_steps(ax, few, kept):
     for order, style in (("ancestral", "k^--"), ("spread", "ko-")):
         ax.plot(steps, [mean_of(few["rows"], judged, who="denoiser", order=order, steps=n)[0] for n in steps], style,
                 markerfacecolor="none", label=f"denoiser, {order}")
-        at = [mean_of(kept["rows"], judged, divergence="tvd", k=2, updates=300, order=order, steps=n) for n in steps[:-1]]
+        at = [mean_of(kept["rows"], judged, order=order, **TVD, steps=n) for n in steps[:-1]]
         ax.errorbar(steps[:-1], [m for m, _ in at], [e for _, e in at], fmt=style[1] + ":", color="0.5", capsize=3,
                     label=f"SDTT students, {order}")
     for who, style in (("AR teacher", "--"), ("held-out text", ":")):
@@ -144,7 +140,7 @@ def quality_against_steps(ax, few, kept):
 
 
 WAYS = {"OPDLM": ("ko-", dict(states="rollout", target="prefix")),       # students of the AR weights
-        "causal, random masks": ("ks:", dict(states="data", target="prefix")),
+        "prefix (causal, random masks)": ("ks:", dict(states="data", target="prefix")),
         "plain": ("k^--", dict(states="data", target="onehot", student="ar"))}
 
 
@@ -170,7 +166,7 @@ def quality_against_text(ax, kept):
                     markerfacecolor="none", label=label)
     ax.axhline(runs[0]["rows"]["ar 1"]["judge_nll"], color="k", linestyle="--", linewidth=1, label="AR teacher")
     ax.set(xscale="log", xlabel="tokens of text, millions", ylabel="judge NLL, nats per token",
-           title="OPDLM: from AR weights, blocks of 4", ylim=(None, 4.7))                 # room for the legend
+           title="OPDLM beside its controls, blocks of 4", ylim=(None, 4.7))                 # room for the legend
     ticks(ax, [0.125, 0.25, 0.5, 1, 2])
     ax.legend(fontsize=7, loc="upper right")
 
@@ -281,15 +277,6 @@ def orders(few):
     return markdown(["steps", "calls, ancestral", *names, "entropy, in this order", "distinct bigrams"], rows)
 
 
-def branch(kept):
-    """SDTT on `branch`: whole rows, and the entropy of the branch among them."""
-    whos = {r["who"]: 0 for r in kept["measured"]}
-    rows = chosen(kept["measured"], noise=0.3)
-    return markdown(["tokens a step", *whos], [[str(n), *(", ".join(
-        f"{mean_of(rows, lambda r: r[k], who=who, tokens_a_step=n)[0]:.3f}" for k in ("whole", "branch_entropy"))
-        for who in whos)] for n in (1, 2, 4)])
-
-
 def rounds(few, kept):
     """SDTT on text: students at their own number of steps, beside the denoiser that they come from."""
     def cell(rows, **want):
@@ -297,8 +284,9 @@ def rounds(few, kept):
         return found and (stated(found, lambda r: r["judge_nll"]) + " (" + ", ".join(
             f"{mean_of(found, lambda r: r[k])[0]:.2f}" for k in ("entropy", "distinct_2")) + ")") or ""
 
-    ways = {f"{r['divergence']}, k = {r['k']}, {r['updates']} updates": {k: r[k] for k in ("divergence", "k", "updates")}
-            for r in sorted(kept["rows"], key=lambda r: (r["k"], r["updates"], r["divergence"]))}
+    usual = {**TVD, "divergence": ""}
+    ways = {", ".join([r["divergence"], *(f"{k} {r[k]:g}" for k in usual if r[k] != usual[k] and k != "divergence")]):
+            {k: r[k] for k in usual} for r in sorted(kept["rows"], key=lambda r: [str(r[k]) for k in ("k", "updates", "lr", "ema", "divergence")])}
     students = {"denoiser": (few, {"who": "denoiser"}), "at temperature 0.9": (few, {"who": "denoiser, temperature 0.9"}),
                 **{name: (kept, way) for name, way in ways.items()}}
     return markdown(["steps, order", *students], [[f"{n}, {order}", *(
@@ -326,6 +314,20 @@ def needs(kept):
          str(len(same))] for w in rows for same in [chosen(runs, **w)]])
 
 
+def text_needed(kept):
+    """Text that a student of the AR weights needs to write as well as 4000 updates from random weights make one."""
+    runs, rows = chosen(on_docs(kept), fraction=1), []
+    level, start = mean_of(runs, spread(4), student="random", steps=4000)[0], 500 * 32 * 64 / 1e6          # the AR model's own
+    for label, (_, way) in WAYS.items():
+        points = [(math.log(n), mean_of(runs, spread(4), steps=n, **way)[0]) for n in
+                  sorted({r["steps"] for r in chosen(runs, **way)})]
+        (m, high), (n, low) = next((pair for pair in zip(points, points[1:]) if pair[1][1] <= level))
+        updates = math.exp(m + (n - m) * max(0, high - level) / (high - low))                # between two points of the figure
+        text = updates * 512 / 1e6
+        rows.append([label, f"{text:.2f}", f"{4000 / updates:.1f}", f"{4000 * 512 / 1e6 / (text + start):.1f}"])
+    return markdown([f"for judge NLL {level:.2f}", "millions of tokens of text", "times less", "the AR model's text counted"], rows)
+
+
 def sums(kept):
     """Which share of sums is right, by tokens a step."""
     runs = chosen(kept["runs"], data="arithmetic", lr=0.02)
@@ -338,57 +340,42 @@ def sums(kept):
         for same in [chosen(runs, steps=n, **way)]])
 
 
-def corrections(kept):
-    """What `--correct` finds of one planted error a text."""
-    share = lambda r, *keys: ", ".join(f"{r[k]:.1%}" if r[k] < 0.1 else f"{r[k]:.0%}" for k in keys)
-    return markdown(["", "`--doubt`", "found", "of the rewritten, planted", "repaired exactly", "rewritten a text",
-                     "at random: found, of the rewritten planted", "rewritten in clean text"], [
-        [f"`{name}`", str(r["doubt"]), share(r, "found"), share(r, "of_rewritten_planted"), share(r, "repaired"),
-         f"{r['rewritten_a_text']:.1f}", share(r, "random_found", "random_precision"),
-         share(r, "rewritten_in_clean") + " of tokens"] for name in ("arithmetic", "docs") for r in kept[name]["measured"]])
-
-
 def found():
     """The three methods, each beside its controls at equal updates: the README's one table."""
     few, sdtt, tcs, kept = read("few-steps")["rows"], read("sdtt")["rows"], chosen(read("tcs"), group="share"), read("opdlm")
     nll, bound = lambda r: r["judge_nll"], lambda r: r["test_nats_per_char"]
     runs, long, one = chosen(on_docs(kept), steps=1000), chosen(on_docs(kept), steps=4000), dict(fraction=1)
-    plain, causal, opdlm = (way for _, way in (WAYS["plain"], WAYS["causal, random masks"], WAYS["OPDLM"]))
+    plain, causal, opdlm = (way for _, way in (WAYS["plain"], WAYS["prefix (causal, random masks)"], WAYS["OPDLM"]))
     whole = chosen(kept["runs"], data="docs", block=0, steps=1000)
     free = chosen(tcs, states="teacher")
-    tvd = dict(divergence="tvd", k=2, updates=300)
-    lines = [
-        ("`spread` order: 8 calls for 64 tokens", chosen(few, who="denoiser", order="spread", steps=8), nll,
-         [("ancestral, 64 steps", chosen(few, order="ancestral", steps=64))]),
-        ("TCS, no text but the teacher's: bound, nats a character", chosen(free, target="topk"), bound,
-         [("the same texts, one-hot", chosen(free, target="onehot")),
-          ("40% of the real text, one-hot", chosen(tcs, fraction=0.4, target="onehot"))]),
-        ("TCS, all the text: bound", chosen(tcs, states="data", target="topk", **one), bound,
-         [("one-hot", chosen(tcs, states="data", target="onehot", **one))]),
-        ("SDTT, 64 steps made 8, ancestral", chosen(sdtt, order="ancestral", steps=8, **tvd), nll,
+    lines = [                                                   # question; value; the method; its controls
+        ("order; `plain`, one block of 64", nll, ("`spread`, 8 calls", chosen(few, who="denoiser", order="spread", steps=8)),
+         [("ancestral, 64 steps, 41 calls", chosen(few, order="ancestral", steps=64))]),
+        ("no text but the teacher's: bound", bound, ("`tcs --states teacher`", chosen(free, target="topk")),
+         [("`sequence`", chosen(free, target="onehot")), ("`plain` on 40% of the text", chosen(tcs, fraction=0.4, target="onehot"))]),
+        ("all the text: bound", bound, ("`tcs`", chosen(tcs, states="data", target="topk", **one)),
+         [("`plain`", chosen(tcs, states="data", target="onehot", **one))]),
+        ("64 steps made 8, ancestral", nll, ("`sdtt`", chosen(sdtt, order="ancestral", steps=8, **TVD)),
          [("its teacher in 8", chosen(few, who="denoiser", order="ancestral", steps=8))]),
-        ("SDTT, 64 steps made 4, `spread`", chosen(sdtt, order="spread", steps=4, **tvd), nll,
+        ("64 steps made 4, `spread`", nll, ("`sdtt`", chosen(sdtt, order="spread", steps=4, **TVD)),
          [("its teacher in 4", chosen(few, who="denoiser", order="spread", steps=4))]),
-        ("TCS, 4000 updates from the AR weights", chosen(long, states="data", target="topk"), spread(4),
-         [("plain", chosen(long, **plain)), ("causal target, random masks", chosen(long, **causal)),
-          ("OPDLM", chosen(long, **opdlm))]),
-        ("OPDLM, 1000 updates from the AR weights", chosen(runs, **opdlm, **one), spread(4),
-         [("plain", chosen(runs, **plain, **one)), ("causal target, random masks", chosen(runs, **causal, **one))]),
-        ("OPDLM, with a tenth of the text", chosen(runs, **opdlm, fraction=0.1), spread(4),
-         [("plain", chosen(runs, **plain, fraction=0.1)),
-          ("causal target, random masks", chosen(runs, **causal, fraction=0.1))]),
-        ("causal target, random masks, one block of 64", chosen(whole, target="prefix", states="data"), spread(64),
-         [("plain", chosen(whole, target="onehot")), ("OPDLM", chosen(whole, states="rollout"))])]
-    digits = lambda value: 3 if value is bound else 2
-    say = lambda rows, value: f"{stated(rows, value, digits(value))} [{len(rows)}]"
-    return markdown(["", "judge NLL [seeds]", "beside it"], [
-        [what, f"**{say(rows, value)}**", "; ".join(f"{name} {say(its, value)}" for name, its in controls)]
-        for what, rows, value, controls in lines])
+        ("1000 updates", spread(4), ("`opdlm`", chosen(runs, **opdlm, **one)),
+         [("`prefix`", chosen(runs, **causal, **one)), ("`plain`", chosen(runs, **plain, **one))]),
+        ("4000 updates", spread(4), ("`opdlm`", chosen(long, **opdlm)),
+         [("`prefix`", chosen(long, **causal)), ("`plain`", chosen(long, **plain)),
+          ("`tcs`", chosen(long, states="data", target="topk"))]),
+        ("1000 updates, a tenth of the text", spread(4), ("`opdlm`", chosen(runs, **opdlm, fraction=0.1)),
+         [("`prefix`", chosen(runs, **causal, fraction=0.1)), ("`plain`", chosen(runs, **plain, fraction=0.1))]),
+        ("1000 updates, one block of 64", spread(64), ("`opdlm`", chosen(whole, states="rollout")),
+         [("`prefix`", chosen(whole, target="prefix", states="data")), ("`plain`", chosen(whole, target="onehot"))])]
+    say = lambda name, rows, value: f"{name} {stated(rows, value, 3 if value is bound else 2)} [{len(rows)}]"
+    return markdown(["", "method [seeds]", "controls"], [
+        [what, say(*method, value), "; ".join(say(*control, value) for control in controls)]
+        for what, value, method, controls in lines])
 
 
-PICTURES = {"quality": lambda: quality(read("main-job")), "results": results}              # of the README
-TABLES = {"main-job": lambda: main_job(read("main-job")), "results": found, "branch": lambda: branch(read("branch-sdtt")),
-          "correct": lambda: corrections(read("correct"))}
+PICTURES = {"results": results}                                                          # of the README
+TABLES = {"main-job": lambda: main_job(read("main-job")), "results": found}
 
 
 def with_tables(text):
