@@ -802,16 +802,19 @@ ORDERS = (*CHANCE, "left", *SCORES)
 def sample(model, z, steps=0, order=None, threshold=0.0, remask=0, noise=None, **how):
     """Fills the hidden tokens of z (B, T), block by block, each block in `steps` steps; yields the state after each.
 
-    A step reveals some tokens, all drawn in parallel from their own marginals (`warp(**how)`). How many: equally many
-    a step; with a threshold all that are at least so sure, but one or more, in as many steps as it takes; ancestral:
-    each at a uniform one of the steps, in other words with probability (t-s)/t. Which: `random` ones (and ancestral), from
-    `left` to right, or the surest first by the probability of the likeliest token (`confidence`), its lead over the
-    second (`margin`), or the `entropy`; or the lowest entropy in each stretch of `steps` hidden tokens (`spread`): what
-    is drawn together then stands apart. Given tokens never change; those right of a block are seen only at b = L. An AR
-    model has blocks of one token: ordinary generation. steps 0: one token a step. `remask` steps more, when a block is
-    full, hide as many tokens again as one step revealed and draw them anew: those drawn with the least probability, or
-    with random orders random ones. noise (B, T, 2 + 2 remask): uniforms, so that a row can be had again. Beyond the
-    model's context the text goes on in windows, each of which sees the last half context before it."""
+    A step reveals some tokens, all drawn in parallel from their own marginals (`warp(**how)`). steps 0: one token a step.
+
+    order                            first come                                    how many a step
+    ancestral                        random ones                                   each at a uniform one of the steps
+    random, left                     random ones; those further left               equally many
+    confidence, margin, entropy      the surest: by the likeliest token,           equally many; with a threshold all that are
+                                     its lead over the second, the entropy         at least so sure, but one or more
+    spread                           the surest, by entropy                        one of each stretch of `steps` hidden tokens
+
+    Given tokens never change; those right of a block are seen only at b = L. An AR model has blocks of one token: ordinary
+    generation. `remask` steps more, when a block is full, hide as many tokens again as one step revealed and draw them
+    anew: those drawn with the least probability, or with random orders random ones. noise (B, T, 2 + 2 remask): uniforms,
+    so that a row can be had again. Beyond the context the text goes on in windows that see the last half context."""
     order = order or ("confidence" if threshold else "spread")
     if order not in ORDERS:
         raise UserError(f"--order {order}: unknown; use {', '.join(ORDERS)}")
@@ -867,35 +870,36 @@ def fill(model, z, noise, steps, order, threshold, remask, how):
     when = blocks((shuffle[..., 0] * N).long(), b) if order == "ancestral" else None
     count, busy, most = schedule(blocks(free, b), N, remask, when)
     past = None
-    for k, start in enumerate(range(0, L, b)):
-        now, first = slice(start, min(start + b, L)), b < L    # a block's first call runs all rows: it fills the cache
-        stretch = (free[:, now].cumsum(1) - 1).clamp(min=0) // N if spread else None      # hidden tokens 0..N-1: 0, ..
+    for block, start in enumerate(range(0, L, b)):
+        span, fresh = slice(start, min(start + b, L)), b < L   # a block's first call is for all rows: it fills the cache
+        stretch = (free[:, span].cumsum(1) - 1).clamp(min=0) // N if spread else None      # hidden tokens 0..N-1: 0, ..
         for step in range(N + remask):
             redo = max(0, step - N + 1)                                            # 0: writing; 1, 2, ..: remasking
             if redo:
-                least = (shuffle[..., redo] if order in CHANCE else said)[:, now].masked_fill(~free[:, now], 2)
-                z[:, now].masked_fill_(rank(least) < count[:, k, step, None], V)
-            hidden = z[:, now] == V
-            rows, number, at_most = count[:, k, step] > 0, busy[k][step], most[k][step]
+                least = (shuffle[..., redo] if order in CHANCE else said)[:, span].masked_fill(~free[:, span], 2)
+                z[:, span].masked_fill_(rank(least) < count[:, block, step, None], V)
+            hidden = z[:, span] == V
+            rows, number, at_most = count[:, block, step] > 0, busy[block][step], most[block][step]
             if threshold:
                 rows, at_most = hidden.any(1), int(hidden.sum(1).amax())
                 number = int(rows.sum())
             if not number:                                                         # the network need not run
                 yield z
                 continue
-            everyone = first or number == B
-            r = slice(None) if everyone else rows.nonzero()[:, 0]
-            kept = past if everyone or not past else ([kv[:, r] for kv in past[0]], past[1])
+            everyone = fresh or number == B
+            active = slice(None) if everyone else rows.nonzero()[:, 0]
+            kept = past if everyone or not past else ([kv[:, active] for kv in past[0]], past[1])
             with torch.inference_mode():                                           # quicker than no_grad
-                logp, kept = model.decode(z[r], z[r], now.start, now.stop, kept, at_most)
-                sure = sureness(logp, order) if order in SCORES else 1 - shuffle[r, now, 0].to(logp)
-                new = choose(sure, hidden[r], count[r, k, step], threshold, stretch[r] if spread and not redo else None)
-                x = draw(warp(logp[new], **how), u[r, now, redo][new])             # only what is revealed
-                z[r, now] = z[r, now].masked_scatter(new, x)
+                logp, kept = model.decode(z[active], z[active], span.start, span.stop, kept, at_most)
+                sure = sureness(logp, order) if order in SCORES else 1 - shuffle[active, span, 0].to(logp)
+                apart = stretch[active] if spread and not redo else None
+                new = choose(sure, hidden[active], count[active, block, step], threshold, apart)
+                drawn = draw(warp(logp[new], **how), u[active, span, redo][new])       # only what is revealed
+                z[active, span] = z[active, span].masked_scatter(new, drawn)
                 if remask:
-                    p = logp[new].gather(1, x[:, None])[:, 0].exp()
-                    said[r, now] = said[r, now].masked_scatter(new, p.to(said))
-            past, first = kept if everyone else past, False
+                    p = logp[new].gather(1, drawn[:, None])[:, 0].exp()
+                    said[active, span] = said[active, span].masked_scatter(new, p.to(said))
+            past, fresh = kept if everyone else past, False
             yield z
 
 
