@@ -164,7 +164,8 @@ def evaluate(model, teacher, judge, text, device, most, order):
     """One row for held-out text, one for the AR teacher, the others for the student by order and steps a block, up to
     `most`. Last word: of how many held-out passages it is found, greedily and in as many steps."""
     held = dlm.consecutive(text.parts["test"], model.L, JUDGED).to(device)
-    ways = [("AR teacher", teacher, {"steps": 1}), (f"student, {most} steps, ancestral", model, {"steps": most, "order": "ancestral"}),
+    ways = [("AR teacher", teacher, {"steps": 1}),
+            (f"student, {most} steps, ancestral", model, {"steps": most, "order": "ancestral"}),
             ("student, threshold 0.9", model, {"threshold": 0.9})]
     ways += [(f"student, {n} steps, {order}", model, {"steps": n, "order": order}) for n in STEPS if n <= most]
     rows, samples = [{"what": "held-out text", **dlm.judge_samples(judge, held, text)}], {}
@@ -215,7 +216,7 @@ def finish(o, folder):
     if Path(folder, "checkpoint.pt").exists() and not o.overwrite:
         kept, ckpt = train_teacher.resumed(dataclasses.replace(o, resume=folder), [])
         if dataclasses.replace(o, lr=o.lr or kept.lr, resume=folder) != dataclasses.replace(kept, overwrite=False):
-            raise UserError(f"--out {folder}: holds a run with other options; --overwrite replaces it, or name another folder")
+            raise UserError(f"--out {folder}: holds a run with other options; --overwrite replaces it, or name another")
         o = kept
     if ckpt is None or ckpt["trainer"]["step"] < o.steps or not Path(folder, "metrics.json").exists():
         run(o, ckpt)
@@ -233,7 +234,8 @@ def rounds(o):
     b = dlm.load(o.student, "--student")[0].b
     if b == 1:
         raise UserError(f"--student {o.student}: an AR model, where SDTT starts from a diffusion model")
-    N, student, folders, base = o.first or b, o.student, {}, o.out or f"runs/{train_teacher.run_name(o, o.method, f'-b{b}')}"
+    N, student, folders = o.first or b, o.student, {}
+    base = o.out or f"runs/{train_teacher.run_name(o, o.method, f'-b{b}')}"
     if N // o.k < o.last:
         raise UserError(f"--first {N}: a round of k = {o.k} makes {N // o.k} steps of it, below --last {o.last}")
     while (M := N // o.k) >= o.last:
@@ -251,8 +253,8 @@ def main_job(o):
             raise UserError(f"--{name} {getattr(o, name)}: every method has its own; name one with --method")
     print("a teacher, a judge, then TCS, SDTT and OPDLM: 7 to 8 minutes on 2 cores with the defaults", flush=True)
     name = o.out or f"runs/{train_teacher.run_name(o, 'all', f'-b{o.block}')}"
-    parts = {m: dataclasses.replace(o, method=m, steps=max(1, o.steps // share), texts=max(16, o.texts // 4), out=f"{name}-{m}")
-            for m, share in ALL.items()}
+    parts = {m: dataclasses.replace(o, method=m, out=f"{name}-{m}", steps=max(1, o.steps // share),
+                                    texts=max(16, o.texts // 4)) for m, share in ALL.items()}
     tcs = finish(parts["tcs"], parts["tcs"].out)
     half = (o.first or dlm.load(tcs, "--student")[0].b) // o.k                # one round is enough to see
     sdtt = rounds(dataclasses.replace(parts["sdtt"], student=tcs, last=max(o.last, half)))

@@ -272,7 +272,7 @@ def slots(L, b, device=None):
 
 
 def attends(pos_q, clean_q, pos_k, clean_k, b):
-    """The attention mask (Q, K): clean earlier blocks, and one's own block in one's own stream. The flag b is all that is new."""
+    """The attention mask (Q, K): clean earlier blocks, and one's own block in one's own stream. b is all that is new."""
     block_q, block_k = pos_q[:, None] // b, pos_k // b
     return (clean_k & (block_k < block_q)) | ((clean_q[:, None] == clean_k) & (block_k == block_q))
 
@@ -372,7 +372,7 @@ class Transformer(nn.Module):
     # The next four serve decoding and scoring. Keys and values are kept in tensors made once, with room for all.
 
     def restart(self, x, e, b):
-        """AR only: log p(y_i | x before i's block, y_<i in it) (B, L, V): clean x beside y, which starts anew in each block.
+        """AR only: log p(y_i | x before i's block, y_<i in it) (B, L, V): clean x beside y, which starts anew in blocks.
 
         e (B, L, d): the embeddings of y. With y = x it is what model(x, x) says."""
         L = x.size(1)
@@ -532,8 +532,8 @@ def blocks(a, b, fill=0):
 def hide(x, b, mask):
     """Masked data: in each block of b tokens hide a random m-subset, m uniform on 1..block length. -> z (B, L).
 
-    Stratified: the m of one block's column spread evenly over the batch. At b = 1 everything is hidden. With `weights` this
-    is the bound ∫ 1/t E_z|t Σ_hidden -log p(x_i|z) dt of MDLM (2406.07524) and 2406.03736: m takes the place of t and 1/t."""
+    Stratified: the m of one block's column spread evenly over the batch. At b = 1 everything is hidden. With `weights`
+    this is the bound ∫ 1/t E_z|t Σ_hidden -log p(x_i|z) dt of MDLM (2406.07524) and 2406.03736, m in the place of t."""
     size = blocks(torch.ones_like(x), b).sum(-1)                                   # (B, n); the last may be shorter
     m = (stratified(*size.shape, x.device) * size).long().clamp(max=size - 1) + 1
     noise = blocks(torch.rand(x.shape, device=x.device), b, fill=2.0)
@@ -728,7 +728,7 @@ def rollout(model, x, steps=0, order="spread", whole=False):
     x, 0 to L-1 tokens long. z is y with tokens still hidden: in each block those of a uniform one of the states that its
     steps began in."""
     if order not in ORDERS or order == "ancestral":
-        raise UserError(f"--order {order}: a rollout reveals equally many tokens a step; use one of {', '.join(ORDERS[1:])}")
+        raise UserError(f"--order {order}: a rollout reveals equally many tokens a step; use {', '.join(ORDERS[1:])}")
     if x.size(1) % model.b:
         raise UserError(f"--block {model.b}: does not divide the context of {x.size(1)}, as rollouts need")
     (B, L), b, training, device = x.shape, model.b, model.training, x.device
@@ -807,9 +807,9 @@ def sample(model, z, steps=0, order=None, threshold=0.0, remask=0, noise=None, *
     order                            first come                                    how many a step
     ancestral                        random ones                                   each at a uniform one of the steps
     random, left                     random ones; those further left               equally many
-    confidence, margin, entropy      the surest: by the likeliest token,           equally many; with a threshold all that are
-                                     its lead over the second, the entropy         at least so sure, but one or more
-    spread                           the surest, by entropy                        one of each stretch of `steps` hidden tokens
+    confidence, margin, entropy      the surest: by the likeliest token,           equally many; with a threshold all that
+                                     its lead over the second, the entropy         are at least so sure, but one or more
+    spread                           the surest, by entropy                        one of each stretch of `steps` hidden
 
     Given tokens never change; those right of a block are seen only at b = L. An AR model has blocks of one token: ordinary
     generation. `remask` steps more, when a block is full, hide as many tokens again as one step revealed and draw them
@@ -1180,8 +1180,8 @@ class Trainer:
         return min(tries) * (self.steps - self.step)
 
     def fit(self, batch_loss, validate, save, name, evaluations=10):
-        """Trains to the last step. batch_loss() draws a batch and returns its loss; validate(model) -> what the kept weights
-        have least of; save() is called after every evaluation and on Ctrl-C, which is honoured between two steps."""
+        """Trains to the last step. batch_loss() draws a batch and returns its loss; of validate(model) the weights that are
+        kept have least; save() is called after every evaluation and on Ctrl-C, which is honoured between two steps."""
         print(f"{name}: about {self.estimate(batch_loss) / 60:.1f} minutes", flush=True)
         every, interrupted = max(1, self.steps // evaluations), []
         bar = tqdm(total=self.steps, initial=self.step, desc=name, unit="step", mininterval=0.5, disable=None)

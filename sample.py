@@ -35,14 +35,14 @@ class Options:
     stop: str = option("", "end each text before this string")
     number: int = option(4, "texts", at_least=1)
     steps: int = option(0, "steps a block; 0: one token a step", at_least=0)
-    order: str = option("", "which tokens come first: random ones (ancestral: at random times too), from the left, the surest "
-                        "by their confidence, margin or entropy, or the surest of each stretch of --steps tokens (spread); "
+    order: str = option("", "which tokens come first: random ones (ancestral: at random times too), from the left, the "
+                        "surest by confidence, margin or entropy, or the surest of each stretch of --steps ones (spread); "
                         "empty: what the model was trained for, else spread, and with --threshold confidence",
                         choices=("", *dlm.ORDERS))
     threshold: float = option(0.0, "reveal all that are at least so sure (0 to 1) at once, instead of --steps",
                               at_least=0, at_most=1)
-    remask: int = option(0, "further steps a block: each hides as many tokens again as a step revealed, the least likely, or "
-                         "with --order random and ancestral random ones, and draws them anew", at_least=0)
+    remask: int = option(0, "further steps a block: each hides as many tokens again as a step revealed, the least likely, "
+                         "or with --order random and ancestral random ones, and draws them anew", at_least=0)
     temperature: float = option(1.0, "below 1 sharper, 0 the likeliest token", at_least=0)
     top_k: int = option(0, "draw from the K likeliest tokens only; 0: from all", at_least=0)
     top_p: float = option(1.0, "draw from the likeliest tokens that together reach this probability", at_least=0, at_most=1)
@@ -51,8 +51,8 @@ class Options:
     bench: str = option("", "checkpoints to compare, AR or diffusion, separated by commas; --order and --steps narrow it")
     judge: str = option("", "with --bench: the AR checkpoint that judges the texts, best trained from another seed")
     texts: int = option(128, "with --bench: texts a row of the table", at_least=2)
-    passages: str = option("", "with --bench: a text file such as LAMBADA's, one passage a line, whose last words are to be "
-                           "found; empty: passages of the judge's held-out text")
+    passages: str = option("", "with --bench: a text file such as LAMBADA's, one passage a line, whose last words are to "
+                           "be found; empty: passages of the judge's held-out text")
     out: str = option("runs/bench", "with --bench: folder of its table and figure")
     watch: bool = option(False, "show the text as it resolves: hidden tokens dim, new ones bright")
     gif: str = option("", "draw that into this file, the first text only")
@@ -122,7 +122,8 @@ def bench(o, device):
              **dlm.judge_samples(judge, dlm.consecutive(text.parts["test"], judge.L, o.texts).to(device), text)}]
     print(f"{o.texts} texts a row; last: of {len(passages)} passages, how many last words are found; seconds: median "
           "(minimum to maximum) of 5, batches of 1 and 32\n"
-          f"{'what':<44} {'judge':>6} {'H1':>5} {'H2':>5} {'dist2':>5} {'words':>5} {'last':>5} {'calls':>6} {'batch 1':>22} {'batch 32':>22}")
+          f"{'what':<44} {'judge':>6} {'H1':>5} {'H2':>5} {'dist2':>5} {'words':>5} {'last':>5} {'calls':>6} "
+          f"{'batch 1':>22} {'batch 32':>22}")
     for path, model in models:
         orders = [o.order] if o.order else dlm.ORDERS if model.b > 1 else [None]
         steps = [o.steps] if o.steps else [n for n in (2 ** k for k in range(11)) if n <= model.b]
@@ -140,8 +141,8 @@ def bench(o, device):
             r = {"what": name, "checkpoint": path, "block": model.b, "last_word": found, **row, "seconds_1": alone,
                  "seconds_32": many}
             rows.append(r)
-            print(f"{name:<44} {r['judge_nll']:>6.3f} {r['entropy']:>5.2f} {r['bigram_entropy']:>5.2f} {r['distinct_2']:>5.2f} "
-                  f"{r['known_words']:>5.0%} {found:>5.0%} {r['calls']:>6.1f} " + " ".join(
+            print(f"{name:<44} {r['judge_nll']:>6.3f} {r['entropy']:>5.2f} {r['bigram_entropy']:>5.2f} "
+                  f"{r['distinct_2']:>5.2f} {r['known_words']:>5.0%} {found:>5.0%} {r['calls']:>6.1f} " + " ".join(
                       f"{a:>7.3f} ({b:.3f} to {c:.3f})".rjust(22) for a, b, c in (alone, many)), flush=True)
     dlm.write_json(Path(o.out) / "bench.json",
                    {"options": vars(o), "device": device, "versions": dlm.versions(), "rows": rows})

@@ -78,8 +78,8 @@ def resumed(o, argv):
 
 
 def fit(o, folder, model, text, batch_loss, lr, ckpt, name, validate=None):
-    """Trains `model` into `folder` -> the Trainer. batch_loss(student, share of the steps done) draws a batch and returns its
-    loss; validate(model) chooses the weights to keep: by the bound on validation text, unless another is given."""
+    """Trains `model` into `folder` -> the Trainer. batch_loss(student, share of the steps done) draws a batch and returns
+    its loss; validate(model) chooses the weights to keep: by the bound on validation text, unless another is given."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -108,7 +108,8 @@ def fit(o, folder, model, text, batch_loss, lr, ckpt, name, validate=None):
 def report(o, folder, trainer, model, text, **more):
     """Test bound, metrics.json and loss.png; `more` goes into the metrics."""
     device = model.embedding.weight.device
-    test, se = dlm.bound(model, dlm.consecutive(text.parts["test"], model.L).to(device), 1 if model.b == 1 else TEST_REPEATS)
+    held = dlm.consecutive(text.parts["test"], model.L).to(device)
+    test, se = dlm.bound(model, held, 1 if model.b == 1 else TEST_REPEATS)
     metrics = {"options": dataclasses.asdict(o), "block": model.b, "parameters": sum(p.numel() for p in model.parameters()),
                "corpus": {"name": text.name, "sha256": text.sha256, "chars_per_token": text.chars_per_token},
                "versions": {**dlm.versions(), "machine": platform.machine()}, "device": device.type,
@@ -144,7 +145,7 @@ def train(o, ckpt=None):
         dlm.same_text(folder, ckpt, text)
     b = 1 if o.objective == "ar" else o.block or o.context
     if (o.objective == "ar") != (b == 1) or (o.objective == "ar" and o.block > 1):
-        raise UserError(f"--block {o.block}: an AR model has no blocks, and mdlm wants 2 or more, or 0 for the whole context")
+        raise UserError(f"--block {o.block}: an AR model has no blocks, and mdlm wants 2 or more, or 0 for all the context")
     torch.manual_seed(o.seed)
     model = dlm.Transformer(dlm.Config(text.tokenizer.V, o.context, b, o.n_layer, o.n_head, o.n_embd, o.dropout)).to(device)
     ids = text.parts["train"].to(device)
