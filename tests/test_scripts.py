@@ -882,6 +882,13 @@ def test_a_text_that_changed_since(refused, monkeypatch, script, argv, anew, fol
     assert folder in refused(script, argv)
 
 
+def test_a_text_without_words_has_no_last_ones(home):
+    Path("dots.txt").write_text("... !? ... --\n" * 2000)
+    text = dlm.load_text("dots.txt", "char", 16)
+    model = dlm.Transformer(dlm.Config(text.tokenizer.V, 16, 4, 1, 2, 16))
+    assert dlm.passages(text) == [] and dlm.last_word_accuracy(model, [], text.tokenizer) == 0
+
+
 def test_characters_that_are_left_out_are_counted(home, capsys):
     with open("tiny.txt", "a") as f:
         f.write("éééé\n")
