@@ -217,10 +217,10 @@ def blocks(kept):
     ways = (("OPDLM, the better rate", "ko-", dict(method="opdlm", whole=0, steps=1000, student="ar")),
             ("causal, random masks", "ks:", dict(method="prefix", states="data", steps=1000, student="ar", lr=0.006)),
             ("plain", "k^--", dict(method="plain", steps=1000, student="ar", lr=0.006)))
-    after = (("OPDLM on whole rollouts", "ko-", dict(target="prefix", whole=1, steps=200)),
-             ("TCS on whole rollouts", "kD-.", dict(target="topk", whole=1, steps=200)), ("before", *ways[1][1:]))
+    after = (("OPDLM on whole rollouts", "ko-", dict(target="prefix", whole=1)),
+             ("TCS on whole rollouts", "kD-.", dict(target="topk", whole=1)), ("before", *ways[1][1:]))
     for ax, series, title in ((axes[0], ways, "1000 updates from the AR weights"),
-                              (axes[1], after, "200 more, from the causal student")):
+                              (axes[1], after, "200 (64: 100) more, from the causal student")):
         for label, style, want in series:
             nll = {}
             for r in chosen(runs, **want):
