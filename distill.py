@@ -31,7 +31,7 @@ METHODS = {  # name: (states, target, learning rate)
     "sdtt": ("data", "sdtt", 0.01),           # self-distillation through time: the teacher is the student's earlier self
     "opdlm": ("rollout", "prefix", 0.006),    # on-policy: the student's own text and states, judged by the AR model
 }
-ALL = {"tcs": 2, "sdtt": 10, "opdlm": 5}      # --method all: what --steps is divided by
+ALL = {"tcs": 0.4, "sdtt": 0.08, "opdlm": 0.15}   # --method all: shares of --steps
 STATES = ("data", "teacher", "rollout")
 TARGETS = ("onehot", *dlm.ESTIMATORS)
 JUDGED = 256        # generated texts a row of the table; their NLL has a standard error of about 0.02 nats per token
@@ -42,7 +42,7 @@ FLOOR = 0.9         # of held-out text's entropy: what a student writes should n
 @dataclass
 class Options:
     method: str = option("all", "a pair of states and target; all: tcs, a round of sdtt from its student, and opdlm, with "
-                         "a half, a tenth and a fifth of --steps, and a quarter of --texts", choices=("all", *METHODS))
+                         "0.4, 0.08 and 0.15 of --steps and a quarter of --texts", choices=("all", *METHODS))
     states: str = option("", "data: masked training text; teacher: masked texts by the teacher; rollout: what "
                          "the student writes and the states on the way; empty: the method's",
                          choices=("", *STATES))
@@ -253,7 +253,7 @@ def main_job(o):
             raise UserError(f"--{name} {getattr(o, name)}: every method has its own; name one with --method")
     print("a teacher, a judge, then TCS, SDTT and OPDLM: 7 to 8 minutes on 2 cores with the defaults", flush=True)
     name = o.out or f"runs/{train_teacher.run_name(o, 'all', f'-b{o.block}')}"
-    parts = {m: dataclasses.replace(o, method=m, out=f"{name}-{m}", steps=max(1, o.steps // share),
+    parts = {m: dataclasses.replace(o, method=m, out=f"{name}-{m}", steps=max(1, round(o.steps * share)),
                                     texts=max(16, o.texts // 4)) for m, share in ALL.items()}
     tcs = finish(parts["tcs"], parts["tcs"].out)
     half = (o.first or dlm.load(tcs, "--student")[0].b) // o.k                # one round is enough to see

@@ -319,7 +319,7 @@ def test_all_methods_in_one_command(call, home):
     runs = {"all": metrics(base), **{n: metrics(f"{base}-{n}") for n in ("tcs", "opdlm")},
             2: metrics(f"{base}-sdtt-2steps")}
     assert [(runs[n]["options"]["steps"], runs[n]["options"]["lr"]) for n in ("tcs", 2, "opdlm")] == [
-        (10, 0.02), (2, 0.01), (4, 0.006)]
+        (8, 0.02), (2, 0.01), (3, 0.006)]
     assert [runs[n]["options"]["student"] for n in ("tcs", 2, "opdlm")] == ["ar", f"{base}-tcs", "ar"]
     table = {r["what"]: r for r in runs["all"]["table"]}
     assert list(table) == ["held-out text", "AR teacher", *(f"{who}, {n} steps, spread" for who, steps in
