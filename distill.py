@@ -42,7 +42,8 @@ FLOOR = 0.9         # of held-out text's entropy: what a student writes should n
 @dataclass
 class Options:
     method: str = option("all", "a pair of states and target; all: tcs, a round of sdtt from its student, and opdlm, with "
-                         "0.4, 0.08 and 0.15 of --steps and a quarter of --texts", choices=("all", *METHODS))
+                         "{}, {} and {} of --steps and a quarter of --texts".format(*ALL.values()),
+                         choices=("all", *METHODS))
     states: str = option("", "data: masked training text; teacher: masked texts by the teacher; rollout: what "
                          "the student writes and the states on the way; empty: the method's",
                          choices=("", *STATES))

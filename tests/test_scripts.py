@@ -595,6 +595,18 @@ def test_opdlm_goes_on_where_it_was_interrupted(call, monkeypatch):
     assert same(end("stopped"), end("whole"))
 
 
+@pytest.mark.parametrize("whole", [0, 1])
+def test_opdlm_aims_at_what_the_teacher_says_of_the_rollout(call, monkeypatch, whole):
+    """Not of the text it was written behind: x and y must reach the target as the rollout gave them."""
+    no_pictures(monkeypatch)
+    wrote, aimed, rollout, opdlm = [], [], dlm.rollout, dlm.opdlm
+    monkeypatch.setattr(dlm, "rollout", lambda m, x, *way: wrote.append((x, *rollout(m, x, *way))) or wrote[-1][1:])
+    monkeypatch.setattr(dlm, "opdlm", lambda t, x, y, b: aimed.append((x, y)) or opdlm(t, x, y, b))
+    assert call("distill", f"{TEXT} --method opdlm --block 4 --steps 3 --batch_size 4 --whole {whole} --out run")[0] == 0
+    for (behind, y, _), (x, of) in list(zip(wrote, aimed))[:4]:
+        assert not torch.equal(behind, y) and torch.equal(of, y) and torch.equal(x, y if whole else behind)
+
+
 def test_rollouts_that_lose_their_entropy_are_reported(call, monkeypatch, capsys):
     no_pictures(monkeypatch)
     argv = f"{TEXT} --method opdlm --block 4 --steps 2 --batch_size 4"
