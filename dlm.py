@@ -273,8 +273,8 @@ def slots(L, b, device=None):
 
 def attends(pos_q, clean_q, pos_k, clean_k, b):
     """The attention mask (Q, K): clean earlier blocks, and one's own block in one's own stream. b is all that is new."""
-    block_q, block_k = pos_q[:, None] // b, pos_k // b
-    return (clean_k & (block_k < block_q)) | ((clean_q[:, None] == clean_k) & (block_k == block_q))
+    block_q, block_k, other_stream = pos_q[:, None] // b, pos_k // b, clean_q[:, None] ^ clean_k
+    return (clean_k & (block_k < block_q)) | (~other_stream & (block_k == block_q))
 
 
 def norm(h):

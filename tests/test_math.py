@@ -4,6 +4,9 @@ import functools
 import itertools
 import math
 import re
+import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,6 +138,18 @@ def test_cached_decoding_equals_uncached(b):
         for _ in range(1 if b == 1 else 2):   # twice: the noisy slots of the first call must not stay in the cache
             logp, past = model.decode(x, z, block[0], block[-1] + 1, past)
             torch.testing.assert_close(logp, model(x, z)[:, block[0]:block[-1] + 1])
+
+
+@pytest.mark.skipif(not (shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()),
+                    reason="torch.compile wants a C++ compiler on a CPU")
+def test_compiled_equals_uncompiled():
+    """GPUs train a compiled model: it compiles, and has the same loss and gradient."""
+    model, x = random_model(2), texts()
+    z, found = with_hidden(x, {0, 1, 3}), []
+    for network in (model, torch.compile(model)):
+        value = dlm.loss(network, x, z, dlm.one_hot(x, V).double())
+        found.append([value, *torch.autograd.grad(value, model.parameters())])
+    torch.testing.assert_close(found[0], found[1])
 
 
 @pytest.mark.parametrize("b", [8, 24])
