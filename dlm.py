@@ -27,6 +27,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")      # before torch: what Apple's GPUs cannot do, the CPU does
 import tiktoken
 import torch
 import torch.nn as nn
@@ -196,7 +197,7 @@ class Tokenizer:
         return torch.tensor([self.ids[c] for c in text if c in self.ids], dtype=torch.long)
 
     def decode(self, ids):
-        ids = [int(i) for i in ids]
+        ids = torch.as_tensor(ids).tolist()
         return "".join(self.pieces[i] for i in ids) if self.kind == "char" else self.bpe.decode(ids)
 
     def state(self):
@@ -948,12 +949,25 @@ def unseen(z, model):
 # ----------------------------------------------------------------------------------------------------------
 # Judging
 
+def generators():
+    """The modules that keep random numbers: the CPU's, and the accelerator's if there is one."""
+    return [torch.random, *[torch.cuda] * torch.cuda.is_available(), *[torch.mps] * torch.backends.mps.is_available()]
+
+
+def set_random_state(states):
+    for g, state in zip(generators(), states):
+        g.set_rng_state(state.cpu())
+
+
 @contextlib.contextmanager
 def seeded(seed):
     """Inside, random numbers follow `seed`; outside, they go on as if nothing had been drawn."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    states = [g.get_rng_state() for g in generators()]
+    torch.manual_seed(seed)
+    try:
         yield
+    finally:
+        set_random_state(states)
 
 
 @contextlib.contextmanager
@@ -995,13 +1009,13 @@ def text_bound(model, x, z):
 
 def entropy(x, n=1):
     """Entropy of the n-grams of texts x (B, L), pooled: nats. Beside every generative NLL, which repetition lowers."""
-    counts = x.unfold(1, n, 1).reshape(-1, n).unique(dim=0, return_counts=True)[1].double()
+    counts = x.cpu().unfold(1, n, 1).reshape(-1, n).unique(dim=0, return_counts=True)[1].double()
     return torch.special.entr(counts / counts.sum()).sum().item()
 
 
 def distinct(x, n):
     """Share of the n-grams of texts x (B, L), pooled, that are different ones."""
-    grams = x.unfold(1, n, 1).reshape(-1, n)
+    grams = x.cpu().unfold(1, n, 1).reshape(-1, n)
     return len(grams.unique(dim=0)) / len(grams)
 
 
@@ -1122,10 +1136,9 @@ class Trainer:
         self.loss_sum = 0.0                    # since the last line of the history
 
     def state(self):
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
         return {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
-                "ema": self.ema, "best": self.best, "history": self.history, "step": self.step,
-                "loss_sum": float(self.loss_sum), "seconds": self.seconds, "rng": torch.get_rng_state(), "cuda_rng": cuda}
+                "ema": self.ema, "best": self.best, "history": self.history, "step": self.step, "seconds": self.seconds,
+                "loss_sum": float(self.loss_sum), "random": [g.get_rng_state() for g in generators()]}
 
     def load(self, state):
         self.model.load_state_dict(state["model"])
@@ -1135,9 +1148,7 @@ class Trainer:
             self.ema[k].copy_(v)               # the checkpoint was read to the CPU, the model may be elsewhere
         for k in ("best", "history", "step", "loss_sum", "seconds"):
             setattr(self, k, state[k])
-        torch.set_rng_state(state["rng"].cpu())
-        if state["cuda_rng"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+        set_random_state(state["random"])
 
     def averaged(self, weights=None):
         """A copy of the model with the averaged weights that did best on validation, or with these."""

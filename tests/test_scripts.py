@@ -574,6 +574,23 @@ def test_ctrl_c_while_distilling(world, call, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:for ")
+def test_a_seed_inside_leaves_the_accelerators_random_numbers_alone(monkeypatch):
+    """As on Apple's GPUs, which torch.random.fork_rng forgets: batches would repeat after every validation."""
+    state = [torch.tensor([7])]
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: state[0])
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda new: state.__setitem__(0, new))
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: state.__setitem__(0, torch.tensor([seed])))
+    kept = dlm.Trainer(dlm.Transformer(dlm.Config(5, n_layer=1)), 10, 0.1).state()
+    with pytest.raises(KeyError), dlm.seeded(0):
+        assert state[0].item() == 0
+        raise KeyError
+    assert state[0].item() == 7
+    state[0] = torch.tensor([8])
+    dlm.Trainer(dlm.Transformer(dlm.Config(5, n_layer=1)), 10, 0.1).load(kept)
+    assert state[0].item() == 7
+
+
 def test_a_resumed_trainer_lies_where_its_model_does(home):
     """A checkpoint is read to the CPU; `meta` stands for another device."""
     with dlm.seeded(0):
