@@ -808,15 +808,16 @@ def sample(model, z, steps=0, order=None, threshold=0.0, remask=0, noise=None, *
     order                            first come                                    how many a step
     ancestral                        random ones                                   each at a uniform one of the steps
     random, left                     random ones; those further left               equally many
-    confidence, margin, entropy      the surest: by the likeliest token,           equally many; with a threshold all that
-                                     its lead over the second, the entropy         are at least so sure, but one or more
+    confidence, margin, entropy      the surest: by the likeliest token,           equally many
+                                     its lead over the second, the entropy
     spread                           the surest, by entropy                        one of each stretch of `steps` hidden
 
-    Given tokens never change; those right of a block are seen only at b = L. An AR model has blocks of one token: ordinary
-    generation. `remask` steps more, when a block is full, hide as many tokens again as one step revealed and draw them
-    anew: those drawn with the least probability, or with random orders random ones. noise (B, T, 2 + 2 remask): uniforms,
-    so that a row can be had again. Beyond the context the text goes on in windows that see the last half context."""
-    order = order or ("confidence" if threshold else "spread")
+    With a threshold a step reveals the first in order (`left`, unless told) and all that are at least so sure. Given tokens
+    never change; those right of a block are seen only at b = L. An AR model has blocks of one token: ordinary generation.
+    `remask` steps more, when a block is full, hide as many tokens again as one step revealed and draw them anew: those
+    drawn with the least probability, or with random orders random ones. noise (B, T, 2 + 2 remask): uniforms, so that a row
+    can be had again. Beyond the context the text goes on in windows that see the last half context."""
+    order = order or ("left" if threshold else "spread")
     if order not in ORDERS:
         raise UserError(f"--order {order}: unknown; use {', '.join(ORDERS)}")
     L, b, z = model.L, model.b, z.clone()
@@ -845,15 +846,15 @@ def schedule(hidden, N, remask, when=None):
     return count, (count > 0).sum(0).tolist(), most.tolist()
 
 
-def choose(sure, hidden, count, threshold=0.0, stretch=None):
-    """Which tokens a step reveals, (B, n): of the hidden ones the `count` (B,) surest; with a threshold all that are at
-    least so sure, but one or more; with `stretch` (B, n), each token's number of one, the surest of each stretch."""
-    place = rank(-sure.masked_fill(~hidden, -1))
+def choose(score, hidden, count, sure=None, stretch=None):
+    """Which tokens a step reveals, (B, n): the `count` (B,) hidden ones of highest score; with `sure` (B, n) the first of
+    them and all that are sure; with `stretch` (B, n), each token's number of one, the first of each stretch."""
+    place = rank(-score.masked_fill(~hidden, -1))
     if stretch is not None:
         best = torch.full_like(place, hidden.size(1)).scatter_reduce(1, stretch, place, "amin")
         return hidden & (place == best.gather(1, stretch))
-    if threshold:
-        count = ((sure >= threshold) & hidden).sum(1).clamp(min=1)
+    if sure is not None:
+        return hidden & (sure | (place == 0))
     return hidden & (place < count[:, None])
 
 
@@ -892,9 +893,10 @@ def fill(model, z, noise, steps, order, threshold, remask, how):
             kept = past if everyone or not past else ([kv[:, active] for kv in past[0]], past[1])
             with torch.inference_mode():                                           # quicker than no_grad
                 logp, kept = model.decode(z[active], z[active], span.start, span.stop, kept, at_most)
-                sure = sureness(logp, order) if order in SCORES else 1 - shuffle[active, span, 0].to(logp)
+                score = sureness(logp, order) if order in SCORES else 1 - shuffle[active, span, 0].to(logp)
+                sure = (score if order in SCORES else sureness(logp, "confidence")) >= threshold if threshold else None
                 apart = stretch[active] if spread and not redo else None
-                new = choose(sure, hidden[active], count[active, block, step], threshold, apart)
+                new = choose(score, hidden[active], count[active, block, step], sure, apart)
                 drawn = draw(warp(logp[new], **how), u[active, span, redo][new])       # only what is revealed
                 z[active, span] = z[active, span].masked_scatter(new, drawn)
                 if remask:

@@ -23,7 +23,7 @@ from dlm import UserError, option
 
 SHIPPED = Path(__file__).parent / "assets" / "dlm-docs-whole.pt"  # a small trained model, so that something shows at once
 
-NO_THRESHOLD = (*dlm.CHANCE, "left", "spread")               # orders that say themselves how many tokens a step reveals
+NO_THRESHOLD = ("ancestral", "spread")                       # orders that say themselves how many tokens a step reveals
 
 
 @dataclass
@@ -37,10 +37,10 @@ class Options:
     steps: int = option(0, "steps a block; 0: one token a step", at_least=0)
     order: str = option("", "which tokens come first: random ones (ancestral: at random times too), from the left, the "
                         "surest by confidence, margin or entropy, or the surest of each stretch of --steps ones (spread); "
-                        "empty: what the model was trained for, else spread, and with --threshold confidence",
+                        "empty: what the model was trained for, else spread, and with --threshold left",
                         choices=("", *dlm.ORDERS))
-    threshold: float = option(0.0, "reveal all that are at least so sure (0 to 1) at once, instead of --steps",
-                              at_least=0, at_most=1)
+    threshold: float = option(0.0, "instead of --steps: a step reveals the first in order and all that are at least so "
+                              "sure (0 to 1)", at_least=0, at_most=1)
     remask: int = option(0, "further steps a block: each hides as many tokens again as a step revealed, the least likely, "
                          "or with --order random and ancestral random ones, and draws them anew", at_least=0)
     temperature: float = option(1.0, "below 1 sharper, 0 the likeliest token", at_least=0)
@@ -131,7 +131,7 @@ def bench(o, device):
         if o.remask:
             ways = [{**way, "remask": o.remask} for way in ways]
         if model.b > 1 and not o.steps and o.order not in NO_THRESHOLD:
-            ways += [{"order": o.order or "confidence", "threshold": t} for t in (0.5, 0.7, 0.9)]
+            ways += [{"order": o.order or "left", "threshold": t} for t in (0.5, 0.7, 0.9)]
         for way in ways:
             with dlm.seeded(o.seed):
                 row = dlm.judge_sampling(model, o.texts, judge, text, **way)[0]
@@ -225,14 +225,14 @@ def draw_gif(frames, path):
 def main(argv=None):
     o = dlm.parse(Options, argv, __doc__)
     if o.threshold and o.order in NO_THRESHOLD:
-        raise UserError(f"--order {o.order}: says itself how many tokens a step reveals; with --threshold use confidence, "
-                        "margin or entropy")
+        raise UserError(f"--order {o.order}: says itself how many tokens a step reveals; with --threshold use left, "
+                        "random, confidence, margin or entropy")
     device = dlm.pick_device(o.device)
     if o.bench:
         return bench(o, device)
     path = Path(o.checkpoint) if o.checkpoint else newest()
     model, tokenizer, ckpt = dlm.load(path, "--checkpoint", device)
-    o.order = o.order or ("confidence" if o.threshold else ckpt["options"].get("order", ""))
+    o.order = o.order or ("left" if o.threshold else ckpt["options"].get("order", ""))
     if o.correct:
         return show_corrections(o, model, tokenizer, device)
     z = read_prompt(o, model, tokenizer).to(device).expand(o.number, -1)

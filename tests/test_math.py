@@ -403,12 +403,10 @@ def law_of_order(model, order, N, threshold=0.0, remask=0):
         steps = 1 if b == 1 else b if threshold else N
         p = model(torch.tensor([z]), torch.tensor([z])).exp()[0].detach()
         sure = {i: {"confidence": p[i].max(), "margin": p[i].sort().values[-1] - p[i].sort().values[-2],
-                    "entropy": (p[i] * p[i].log()).sum(), "left": -i, "spread": (p[i] * p[i].log()).sum()}.get(order) for i in hidden}
+                    "entropy": (p[i] * p[i].log()).sum().exp(), "left": -i, "spread": (p[i] * p[i].log()).sum()}.get(order) for i in hidden}
         ranked = sorted(hidden, key=lambda i: -sure[i]) if order != "random" else hidden
         total = sum(GIVEN[i] == MASK for i in block)
         count = total // steps + (step < total % steps)
-        if threshold:
-            count = max(1, sum(float(sure[i]) >= threshold for i in hidden))
         count = count if step < steps else len(hidden)
         if order == "spread" and step < steps and not threshold:     # the surest of each stretch of `steps` hidden tokens
             free = [i for i in block if GIVEN[i] == MASK]
@@ -416,6 +414,9 @@ def law_of_order(model, order, N, threshold=0.0, remask=0):
             ranked = [min(set(s) & set(hidden), key=lambda i: (-sure[i], i)) for s in stretches if set(s) & set(hidden)]
             assert len(ranked) == count
         chosen = [ranked[:count]] if order != "random" else list(itertools.combinations(hidden, min(count, len(hidden))))
+        if threshold and hidden:                                 # the first in order, and whatever is sure
+            enough = {i for i in hidden if float(p[i].max() if order in ("left", "random") else sure[i]) >= threshold}
+            chosen = [sorted(enough | {first}) for first in (hidden if order == "random" else ranked[:1])]
         law = collections.Counter()
         for now in chosen:
             for values in itertools.product(range(V), repeat=len(now)):
@@ -442,13 +443,14 @@ def test_every_order_follows_its_law(make, order):
 
 
 @pytest.mark.parametrize("make", [source, random_model], ids=["source", "Transformer"])
+@pytest.mark.parametrize("order", ["left", "random", "confidence", "entropy"])
 @pytest.mark.parametrize("threshold", [0.3, 0.55, 0.7, 1.0])
-def test_threshold_follows_its_law(make, threshold):
+def test_threshold_follows_its_law(make, order, threshold):
     for b in (2, 4):
         model = make(b)
-        law = law_of_order(model, "confidence", 0, threshold)
+        law = law_of_order(model, order, 0, threshold)
         torch.manual_seed(0)
-        x = dlm.generate(model, 5000, given=torch.tensor(GIVEN), order="confidence", threshold=threshold)
+        x = dlm.generate(model, 5000, given=torch.tensor(GIVEN), order=order, threshold=threshold)
         assert chi_square((x @ V ** torch.arange(L - 1, -1, -1)).bincount(minlength=V ** L), law) < 1, b
 
 

@@ -639,7 +639,7 @@ def test_the_order_a_student_was_trained_for_is_the_one_it_writes_in(call, monke
     assert call("distill", f"{TEXT} --method opdlm --block 4 --steps 2 --batch_size 4 --order confidence --out run")[0] == 0
     asked, sample_ = [], dlm.sample
     monkeypatch.setattr(dlm, "sample", lambda m, z, n, order, *a, **k: asked.append(order) or sample_(m, z, n, order, *a, **k))
-    for argv, order in [("", "confidence"), ("--order random", "random"), ("--threshold 0.5", "confidence")]:
+    for argv, order in [("", "confidence"), ("--order random", "random"), ("--threshold 0.5", "left")]:
         assert call("sample", f"--checkpoint run {argv}")[0] == 0 and asked.pop() == order
     assert call("sample", f"--checkpoint {TCS}")[0] == 0 and asked.pop() == "spread"
 
