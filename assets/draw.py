@@ -349,6 +349,18 @@ def sums(kept):
         for same in [chosen(runs, steps=n, **way)]])
 
 
+def equal_quality(kept):
+    """Sums: what texts cost an AR model with its cache, and a student that writes in blocks of 8."""
+    def who(r):
+        if r["block"] == 1:
+            return "AR model, cached"
+        return f"student, `{r['order']}`, " + (f"threshold {r['threshold']:g}" if "threshold" in r else
+                                               f"{r['block'] // r['steps']} a call")
+    return markdown(["letters", "", "calls", "sums right", "judge NLL", "entropy", "seconds: one text", "32 texts"], [
+        [str(r["length"]), who(r), f"{r['calls']:.0f}", f"{r['right']:.0%}", f"{r['judge_nll']:.2f} ± {r['judge_se']:.2f}",
+         f"{r['entropy']:.2f}", f"{r['seconds_1'][0]:.3f}", f"{r['seconds_32'][0]:.2f}"] for r in kept["rows"]])
+
+
 def found():
     """The three methods, each beside its controls at equal updates: the README's one table."""
     few, sdtt, tcs, kept = read("few-steps")["rows"], read("sdtt")["rows"], chosen(read("tcs"), group="share"), read("opdlm")
@@ -384,7 +396,8 @@ def found():
 
 
 PICTURES = {"results": results}                                                          # of the README
-TABLES = {"main-job": lambda: main_job(read("main-job")), "results": found}
+TABLES = {"main-job": lambda: main_job(read("main-job")), "results": found,
+          "equal-quality": lambda: equal_quality(read("equal-quality"))}
 
 
 def with_tables(text):
