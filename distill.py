@@ -252,7 +252,7 @@ def main_job(o):
     for name in ("states", "target"):
         if getattr(o, name):
             raise UserError(f"--{name} {getattr(o, name)}: every method has its own; name one with --method")
-    print("a teacher, a judge, then TCS, SDTT and OPDLM: 5 to 8 minutes on 2 cores with the defaults", flush=True)
+    print("a teacher, a judge, then TCS, SDTT and OPDLM: 4 to 8 minutes on 2 cores with the defaults", flush=True)
     name = o.out or f"runs/{train_teacher.run_name(o, 'all', f'-b{o.block}')}"
     parts = {m: dataclasses.replace(o, method=m, out=f"{name}-{m}", steps=max(1, round(o.steps * share)),
                                     texts=max(16, o.texts // 4)) for m, share in ALL.items()}
