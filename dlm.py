@@ -894,7 +894,9 @@ def fill(model, z, noise, steps, order, threshold, remask, how):
             with torch.inference_mode():                                           # quicker than no_grad
                 logp, kept = model.decode(z[active], z[active], span.start, span.stop, kept, at_most)
                 score = sureness(logp, order) if order in SCORES else 1 - shuffle[active, span, 0].to(logp)
-                sure = (score if order in SCORES else sureness(logp, "confidence")) >= threshold if threshold else None
+                sure = None
+                if threshold:
+                    sure = (score if order in SCORES else sureness(logp, "confidence")) >= threshold
                 apart = stretch[active] if spread and not redo else None
                 new = choose(score, hidden[active], count[active, block, step], sure, apart)
                 drawn = draw(warp(logp[new], **how), u[active, span, redo][new])       # only what is revealed
@@ -957,6 +959,7 @@ def generators():
 
 
 def set_random_state(states):
+    """states: of each of `generators`, as a checkpoint keeps them."""
     for g, state in zip(generators(), states):
         g.set_rng_state(state.cpu())
 
@@ -1009,16 +1012,21 @@ def text_bound(model, x, z):
     return (weights(z == model.V, model.b) * nll).sum(1)
 
 
+def grams(x, n):
+    """The different n-grams of texts x (B, L), pooled: how often each stands there (number of them,)."""
+    return x.cpu().unfold(1, n, 1).reshape(-1, n).unique(dim=0, return_counts=True)[1]
+
+
 def entropy(x, n=1):
     """Entropy of the n-grams of texts x (B, L), pooled: nats. Beside every generative NLL, which repetition lowers."""
-    counts = x.cpu().unfold(1, n, 1).reshape(-1, n).unique(dim=0, return_counts=True)[1].double()
+    counts = grams(x, n).double()
     return torch.special.entr(counts / counts.sum()).sum().item()
 
 
 def distinct(x, n):
     """Share of the n-grams of texts x (B, L), pooled, that are different ones."""
-    grams = x.cpu().unfold(1, n, 1).reshape(-1, n)
-    return len(grams.unique(dim=0)) / len(grams)
+    counts = grams(x, n)
+    return len(counts) / int(counts.sum())
 
 
 def known_words(texts, words):

@@ -72,7 +72,7 @@ def resumed(o, argv):
         raise UserError(f"{given[0]}: with --resume a run keeps the options it was started with; leave this one out")
     ckpt = dlm.load(o.resume, "--resume")[2]
     folder = o.resume if Path(o.resume).is_dir() else str(Path(o.resume).parent)
-    if ckpt["trainer"] is None or set(ckpt["options"]) != {f.name for f in dataclasses.fields(o)}:
+    if "random" not in (ckpt["trainer"] or ()) or set(ckpt["options"]) != {f.name for f in dataclasses.fields(o)}:
         raise UserError(f"--resume {o.resume}: not a training run of this script")
     return type(o)(**{**ckpt["options"], "out": folder, "resume": folder, "device": o.device}), ckpt
 

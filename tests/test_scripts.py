@@ -573,7 +573,6 @@ def test_ctrl_c_while_distilling(world, call, monkeypatch):
     assert same(end("stopped"), end(world / TCS))
 
 
-@pytest.mark.filterwarnings("ignore:for ")
 def test_a_seed_inside_leaves_the_accelerators_random_numbers_alone(monkeypatch):
     """As on Apple's GPUs, which torch.random.fork_rng forgets: batches would repeat after every validation."""
     state = [torch.tensor([7])]
@@ -591,6 +590,7 @@ def test_a_seed_inside_leaves_the_accelerators_random_numbers_alone(monkeypatch)
     assert state[0].item() == 7
 
 
+@pytest.mark.filterwarnings("ignore:for ")
 def test_a_resumed_trainer_lies_where_its_model_does(home):
     """A checkpoint is read to the CPU; `meta` stands for another device."""
     with dlm.seeded(0):
@@ -878,6 +878,13 @@ def test_no_checkpoint(refused, script, option, name):
     ("train", f"--overwrite --resume {AR}", "--overwrite")])
 def test_what_cannot_be_resumed(refused, script, argv, option):
     assert option in refused(script, argv)
+
+
+def test_a_run_of_an_older_version_cannot_be_resumed(refused):
+    ckpt = torch.load(f"{AR}/checkpoint.pt", weights_only=True)
+    ckpt["trainer"]["rng"] = ckpt["trainer"].pop("random")
+    torch.save(ckpt, "older.pt")
+    assert "--resume older.pt" in refused("train", "--resume older.pt")
 
 
 @pytest.mark.parametrize("run, role", [(AR, "--teacher"), (JUDGE, JUDGE)])
