@@ -48,7 +48,8 @@ class Options:
     top_p: float = option(1.0, "draw from the likeliest tokens that together reach this probability", at_least=0, at_most=1)
     correct: str = option("", "a text whose unlikely tokens are found and rewritten; writes nothing else")
     doubt: float = option(6.0, "with --correct: rewrite where another token is likelier by this many nats", at_least=0)
-    bench: str = option("", "checkpoints to compare, AR or diffusion, separated by commas; --order and --steps narrow it")
+    bench: str = option("", "checkpoints to compare, AR or diffusion, separated by commas; --order and --steps, or "
+                        "--threshold, narrow it")
     judge: str = option("", "with --bench: the AR checkpoint that judges the texts, best trained from another seed")
     texts: int = option(128, "with --bench: texts a row of the table", at_least=2)
     passages: str = option("", "with --bench: a text file such as LAMBADA's, one passage a line, whose last words are to "
@@ -127,11 +128,10 @@ def bench(o, device):
     for path, model in models:
         orders = [o.order] if o.order else dlm.ORDERS if model.b > 1 else [None]
         steps = [o.steps] if o.steps else [n for n in (2 ** k for k in range(11)) if n <= model.b]
-        ways = [{"order": order, "steps": n} for order in orders for n in steps]
-        if o.remask:
-            ways = [{**way, "remask": o.remask} for way in ways]
-        if model.b > 1 and not o.steps and o.order not in NO_THRESHOLD:
-            ways += [{"order": o.order or "left", "threshold": t} for t in (0.5, 0.7, 0.9)]
+        ways = [{"order": order, "steps": n, "remask": o.remask} for order in orders for n in steps]
+        if model.b > 1:
+            thresholds = [o.threshold] if o.threshold else [] if o.steps or o.order in NO_THRESHOLD else [0.5, 0.7, 0.9]
+            ways = ways * (not o.threshold) + [{"order": o.order or "left", "threshold": t} for t in thresholds]
         for way in ways:
             with dlm.seeded(o.seed):
                 row = dlm.judge_sampling(model, o.texts, judge, text, **way)[0]

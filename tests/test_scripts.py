@@ -476,6 +476,15 @@ def test_bench_compares_models_orders_and_steps(call):
     assert Path("bench/bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("narrower, ways", [("--steps 2 --order left", [("left", 2, None)]),
+                                            ("--threshold 0.8", [("left", None, 0.8)]),
+                                            ("--threshold 0.8 --order margin", [("margin", None, 0.8)])])
+def test_bench_narrowed(call, narrower, ways):
+    assert call("sample", f"--bench {AR},{TCS} --judge {JUDGE} --texts 8 --out bench {narrower}")[0] == 0
+    held, ar, *rows = json.loads(Path("bench/bench.json").read_text())["rows"]
+    assert ar["block"] == 1 and [(r["order"], r.get("steps"), r.get("threshold")) for r in rows] == ways
+
+
 @pytest.mark.parametrize("argv, named", [(f"--bench {TCS}", "--judge"), (f"--bench {TCS} --judge {TCS}", "--judge"),
                                          (f"--bench runs/other --judge {JUDGE}", "--bench runs/other"),
                                          (f"--bench {AR} --judge {JUDGE} --passages nowhere", "--passages nowhere"),
