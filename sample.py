@@ -106,6 +106,11 @@ def read_passages(path):
     return found
 
 
+def drawing(o):
+    """How tokens are drawn from their marginals: the options of `dlm.warp`."""
+    return {"temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p}
+
+
 def bench(o, device):
     """Each checkpoint by each order and number of steps: quality under the judge, calls, seconds. Table, JSON, figure."""
     from train_teacher import plt, save_figure      # here: sampling need not wait for matplotlib
@@ -134,9 +139,9 @@ def bench(o, device):
             ways = ways * (not o.threshold) + [{"order": o.order or "left", "threshold": t} for t in thresholds]
         for way in ways:
             with dlm.seeded(o.seed):
-                row = dlm.judge_sampling(model, o.texts, judge, text, **way)[0]
+                row = dlm.judge_sampling(model, o.texts, judge, text, **way, **drawing(o))[0]
                 found = dlm.last_word_accuracy(model, passages, tokenizer, **way)
-                alone, many = (timed(lambda: dlm.generate(model, B, **way)) for B in (1, 32))
+                alone, many = (timed(lambda: dlm.generate(model, B, **way, **drawing(o))) for B in (1, 32))
             name = " ".join([Path(path).stem, *(f"{k} {v}" for k, v in way.items() if v and model.b > 1)])
             r = {"what": name, "checkpoint": path, "block": model.b, "last_word": found, **row, "seconds_1": alone,
                  "seconds_32": many}
@@ -253,8 +258,7 @@ def main(argv=None):
             yield from (coloured(line, colour) for line in wrap(text, width if terminal else -1))
 
     torch.manual_seed(o.seed)
-    for state in dlm.sample(model, z, o.steps, o.order, o.threshold, o.remask, temperature=o.temperature, top_k=o.top_k,
-                            top_p=o.top_p):
+    for state in dlm.sample(model, z, o.steps, o.order, o.threshold, o.remask, **drawing(o)):
         if torch.equal(state, states[-1]):
             continue
         if o.watch and terminal:

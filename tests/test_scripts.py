@@ -485,6 +485,11 @@ def test_bench_narrowed(call, narrower, ways):
     assert ar["block"] == 1 and [(r["order"], r.get("steps"), r.get("threshold")) for r in rows] == ways
 
 
+def test_bench_draws_as_it_is_told(call):
+    assert call("sample", f"--bench {AR} --judge {JUDGE} --texts 8 --out bench --top_k 1")[0] == 0
+    assert json.loads(Path("bench/bench.json").read_text())["rows"][1]["distinct_2"] <= 1 / 8     # eight times one text
+
+
 @pytest.mark.parametrize("argv, named", [(f"--bench {TCS}", "--judge"), (f"--bench {TCS} --judge {TCS}", "--judge"),
                                          (f"--bench runs/other --judge {JUDGE}", "--bench runs/other"),
                                          (f"--bench {AR} --judge {JUDGE} --passages nowhere", "--passages nowhere"),
