@@ -901,6 +901,12 @@ def test_a_run_of_an_older_version_cannot_be_resumed(refused):
     assert "--resume older.pt" in refused("train", "--resume older.pt")
 
 
+def test_teacher_of_another_vocabulary_is_refused_before_its_judge_is_trained(refused, monkeypatch):
+    monkeypatch.setattr(dlm.Trainer, "fit", lambda *_: pytest.fail("trained before it looked"))
+    write_text("fresh.txt", ["words", "without", "a", "judge", "yet"])
+    assert "--teacher runs/other" in refused("distill", "--data fresh.txt --method plain --teacher runs/other")
+
+
 @pytest.mark.parametrize("run, role", [(AR, "--teacher"), (JUDGE, JUDGE)])
 def test_broken_teacher_or_judge_that_was_found_not_given(refused, monkeypatch, run, role):
     monkeypatch.setattr(dlm.Trainer, "fit", lambda *_: pytest.fail("trained before it looked"))
