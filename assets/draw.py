@@ -353,14 +353,13 @@ def equal_quality(kept):
     """Sums: what texts cost an AR model with its cache, and a student that writes in blocks of 8; means over seeds."""
     lines = {}
     for r in kept["rows"]:
-        alike = chosen(kept["rows"], **{k: r.get(k) for k in ("length", "who", "order", "threshold", "steps")})
+        alike = chosen(kept["rows"], **{k: r.get(k) for k in ("length", "who", "order", "threshold")})
         mean = lambda key, form: format(mean_of(alike, lambda r: r[key])[0], form)
-        who = r["who"] if r["block"] == 1 else f"{r['who']}, `{r['order']}`, " + (
-            f"threshold {r['threshold']:g}" if "threshold" in r else f"{r['block'] // r['steps']} a call")
+        who = r["who"] + (f", `{r['order']}`, threshold {r['threshold']:g}" if "threshold" in r else "")
         nll = stated(alike, lambda r: r["judge_nll"], 3) if len(alike) > 1 else f"{r['judge_nll']:.3f} ± {r['judge_se']:.3f}"
         seconds = [format(r[key][0], form) if key in r else "" for key, form in (("seconds_1", ".3f"), ("seconds_32", ".2f"))]
-        lines.setdefault((r["length"], who), [str(r["length"]), f"{who} [{len(alike)}]", mean("calls", ".0f"), mean("right", ".1%"),
-                                              nll, mean("entropy", ".3f"), *seconds])
+        lines.setdefault((r["length"], who), [str(r["length"]), f"{who} [{len(alike)}]", mean("calls", ".0f"),
+                                              mean("right", ".1%"), nll, mean("entropy", ".3f"), *seconds])
     return markdown(["letters", "[seeds]", "calls", "sums right", "judge NLL", "entropy", "seconds: one text", "32 texts"],
                     lines.values())
 
