@@ -297,11 +297,10 @@ def run(o, ckpt):
     folder = train_teacher.folder_of(o, train_teacher.run_name(o, what, f"-b{o.block}"))
     path, teacher, tokenizer, teacher_ckpt, student = load_models(o, device)
     like = train_teacher.Options(**teacher_ckpt["options"])
-    if o.teacher:                                         # it may have learned from anything, its judge learns from --data
-        anew = dlm.load_text(o.data, like.tokenizer, teacher.L).tokenizer
-        dlm.same_vocabulary(f"--teacher {path}", tokenizer, teacher, f"--data {o.data}", anew, teacher)
-    text = dlm.load_text(o.data, tokenizer, teacher.L)
-    if not o.teacher:
+    text = dlm.load_text(o.data, like.tokenizer if o.teacher else tokenizer, teacher.L)
+    if o.teacher:                                         # it may have learned from anything; its judge learns from this text
+        dlm.same_vocabulary(f"--teacher {path}", tokenizer, teacher, f"--data {o.data}", text.tokenizer, teacher)
+    else:
         dlm.same_text(path, teacher_ckpt, text)
     if ckpt:
         dlm.same_text(folder, ckpt, text)

@@ -136,7 +136,7 @@ def bench(o, device):
         ways = [{"order": order, "steps": n, "remask": o.remask} for order in orders for n in steps]
         if model.b > 1:
             thresholds = [o.threshold] if o.threshold else [] if o.steps or o.order in NO_THRESHOLD else [0.5, 0.7, 0.9]
-            ways = ways * (not o.threshold) + [{"order": o.order or "left", "threshold": t} for t in thresholds]
+            ways = ([] if o.threshold else ways) + [{"order": o.order or "left", "threshold": t} for t in thresholds]
         for way in ways:
             with dlm.seeded(o.seed):
                 row = dlm.judge_sampling(model, o.texts, judge, text, **way, **drawing(o))[0]
