@@ -1,342 +1,424 @@
 """Distil an autoregressive teacher into a diffusion language model.
 
-    python distill.py                              # teacher, judge, a student of each method: the whole way, from nothing
-    python distill.py --method tcs                 # one method, at full length
-    python distill.py --method plain               # the same student without a teacher's targets: the control
+    python distill.py                     # teacher, judge, a student of each method: the whole way
+    python distill.py --method tcs        # one method, at full length
+    python distill.py --method plain      # the same student without a teacher: the control
 
-A method is a pair: which states the student trains on, and which target it aims at. --states and --target replace
-either half, so every control is one word away.
+A method is two words: which states the student trains on, and which target it aims at. --states and
+--target replace either, so every control is one word away.
 """
+import os
+import signal
+if __name__ == "__main__":  # torch takes a second to import: until run_script, Ctrl-C just ends it
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import copy
 import dataclasses
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import dlm  # before torch, for a setting that torch must find when it starts
+import sample
+import train_teacher
 import torch
 from tqdm import tqdm
 
-import dlm
-import train_teacher
-from dlm import UserError, option
-from train_teacher import plt, save_figure
+from dlm import UserError
+from train_teacher import option
 
-METHODS = {  # name: (states, target, learning rate)
+METHODS = {  # name: states, target, learning rate
     "plain": ("data", "onehot", 0.02),        # masked diffusion without a teacher: the baseline
-    "sequence": ("teacher", "onehot", 0.02),  # sequence-level distillation: the teacher is only a writer
+    "sequence": ("teacher", "onehot", 0.02),  # sequence-level distillation: the teacher only writes
     "prefix": ("data", "prefix", 0.02),       # the causal head as target: a biased shortcut
     "tcs": ("data", "topk", 0.02),            # target concrete score
-    "sdtt": ("data", "sdtt", 0.01),           # self-distillation through time: the teacher is the student's earlier self
-    "opdlm": ("rollout", "prefix", 0.006),    # on-policy: the student's own text and states, judged by the AR model
+    "sdtt": ("sampled", "later", 0.01),       # the teacher is the student's earlier self
+    "opdlm": ("rollout", "prefix", 0.006),  # on-policy: the student's own text, the AR model's word
 }
-ALL = {"tcs": 0.4, "sdtt": 0.08, "opdlm": 0.15}   # --method all: shares of --steps
-STATES = ("data", "teacher", "rollout")
-TARGETS = ("onehot", *dlm.ESTIMATORS)
-JUDGED = 256        # generated texts a row of the table; their NLL has a standard error of about 0.02 nats per token
+SHARES = {"tcs": 0.4, "sdtt": 0.08, "opdlm": 0.15}   # of --updates, with --method all
+JUDGED = 256        # texts a row of the table; their NLL has a sampling error of .02 nats per token
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 FLOOR = 0.9         # of held-out text's entropy: what a student writes should not fall below it
+COLLAPSED = 1000    # nats, added to the loss of a student below that floor
 
 
 @dataclass
-class Options:
-    method: str = option("all", "a pair of states and target; all: tcs, a round of sdtt from its student, and opdlm, with "
-                         "{}, {} and {} of --steps and a quarter of --texts".format(*ALL.values()),
-                         choices=("all", *METHODS))
-    states: str = option("", "data: masked training text; teacher: masked texts by the teacher; rollout: what "
-                         "the student writes and the states on the way; empty: the method's",
-                         choices=("", *STATES))
-    target: str = option("", "onehot: the text itself; prefix: p_T(x_i|x_<i); exact, topk, grad+topk, grad: TCS "
-                         "estimators; empty: the method's", choices=("", *TARGETS))
-    teacher: str = option("", "an AR checkpoint; empty: the one in runs/ for this data and tokenizer, trained if missing")
-    student: str = option("ar", "where the weights start: ar (the teacher's), random, or a diffusion checkpoint")
-    data: str = option("docs", "docs, shakespeare, arithmetic, or the path of a text file")
-    tokenizer: str = option("bpe:512", "char, bpe (1024 tokens), bpe:SIZE or gpt2; a given --teacher brings its own")
+class Options(train_teacher.RunOptions):
+    method: str = option("all", "states and target; all: tcs, sdtt from its student, opdlm",
+                         ("all", *METHODS))
+    states: str = option("", "data: masked text; teacher: masked texts by the teacher; "
+                         "rollout: the student's own blocks; whole: its texts; empty: the method's",
+                         ("", "data", "teacher", "rollout", "whole"))
+    target: str = option("", "onehot: the text; prefix: p_T(x_i|x_<i); the others are "
+                         "estimators of TCS; empty: the method's",
+                         ("", "onehot", "prefix", *dlm.ESTIMATORS))
+    teacher: str = option("", "an AR checkpoint; empty: the one in runs/, trained if missing")
+    student: str = option("ar", "start from: ar (the teacher's weights), random, or a checkpoint")
     block: int = option(4, "block length b of the student; 0 is the whole context", at_least=0)
-    steps: int = option(1000, "optimiser steps", at_least=1)
-    batch_size: int = option(8, "texts a step", at_least=1)
-    lr: float = option(0.0, "learning rate of Muon; AdamW's, for embedding and head, is 0.15 of it; 0: the method's, 0.02 "
-                       "(sdtt 0.01, opdlm 0.006)", at_least=0)
-    divergence: str = option("forward", "between target and student", choices=("forward", "reverse", "tvd", "mse"))
-    fraction: float = option(1.0, "share of the training text that the student sees, from a place the seed chooses",
-                             at_least=0, at_most=1)
-    texts: int = option(2048, "texts the teacher writes or scores, before training and once; --states data with "
-                        "--target onehot needs no teacher and uses every window", at_least=16)
-    candidates: int = option(16, "K, tokens whose concrete score topk and grad+topk compute", at_least=1)
-    order: str = option("spread", "order in which the student will write: rollouts, the table, and sample.py's default",
-                        choices=dlm.ORDERS[1:])
-    whole: float = option(0.0, "share of the steps, the last ones, whose rollouts are whole texts and not single blocks",
-                          at_least=0, at_most=1)
-    first: int = option(0, "steps a block of rollouts, or of sdtt's first teacher; 0: one a token", at_least=0)
-    last: int = option(1, "sdtt: steps a block that the last student takes; each round divides them by --k", at_least=1)
+    updates: int = option(1000, "updates of the weights", at_least=1)
+    batch_size: int = option(8, "texts an update", at_least=1)
+    lr: float = option(0.0, "Muon's learning rate; AdamW's is 0.15 of it; 0: the method's",
+                       at_least=0)
+    divergence: str = option("forward", "forward, reverse, tvd or mse, between target and student",
+                             ("forward", "reverse", "tvd", "mse"))
+    fraction: float = option(1.0, "share of the training text that the student sees, from a place "
+                             "that the seed chooses", at_least=0, at_most=1)
+    texts: int = option(2048, "texts that the teacher writes or scores, once", at_least=16)
+    candidates: int = option(16, "K, candidates that topk and grad+topk score", at_least=1)
+    order: str = option("spread", "order of writing: in rollouts, in the table, in sample.py",
+                        dlm.ORDERS[1:])
+    first: int = option(0, "steps a block of rollouts and of sdtt's first teacher; 0: one a token",
+                        at_least=0)
+    last: int = option(1, "sdtt: steps a block of the last student", at_least=1)
     k: int = option(2, "sdtt: steps of the teacher that become one of the student", at_least=2)
-    seed: int = option(0, "seed of batches, masks and random weights", at_least=0)
-    out: str = option("", "folder of the run; empty: runs/ and a name made of the options")
-    device: str = option("auto", "auto, cuda, mps or cpu")
-    resume: str = option("", "folder of an interrupted run to go on with, with the options it was started with")
-    overwrite: bool = option(False, "replace the run that is in the folder")
 
 
-def load_models(o, device):
-    """-> the teacher's path, the teacher, its tokenizer and checkpoint; the student with the weights it starts from."""
-    path = Path(o.teacher or train_teacher.ar_model(o, 0, "teacher", train_teacher.Options(tokenizer=o.tokenizer)))
-    teacher, tokenizer, ckpt = dlm.load(path, "--teacher", device)
-    if teacher.b != 1:
-        raise UserError(f"--teacher {path}: a diffusion model (b = {teacher.b}), where an AR one is needed; train one "
-                        "with train_teacher.py, or start from this one with --student")
-    b = o.block or teacher.L
-    if b == 1:
-        raise UserError("--block 1: that is the AR model itself; use 2 or more, or 0 for the whole context")
-    torch.manual_seed(o.seed)
-    student = dlm.Transformer(dataclasses.replace(teacher.c, b=b)).to(device)
-    if o.student == "ar":
-        student.load_state_dict(teacher.state_dict())
-    elif o.student != "random":
-        start, its_tokenizer, _ = dlm.load(o.student, "--student", device)
-        dlm.same_vocabulary(f"--student {o.student}", its_tokenizer, start, "the teacher", tokenizer, teacher)
-        student = dlm.Transformer(start.c if o.method == "sdtt" else dataclasses.replace(start.c, b=b)).to(device)
-        student.load_state_dict(start.state_dict())
-    return path, teacher, tokenizer, ckpt, student
+# --------------------------------------------------------------------------------------------------
+# The methods
+
+@dataclass
+class State:
+    """One batch, (B, L) each: the student sees z behind x, and aims at what is said of y."""
+    x: torch.Tensor             # the finished text left of each block
+    y: torch.Tensor             # the text that the target is of
+    z: torch.Tensor             # y with tokens hidden
+    t: torch.Tensor = None      # time of each token's block
+    rows: torch.Tensor = None   # which of the kept texts these are
 
 
-def texts_for(o, states, all_windows, teacher, ids):
-    """The student's texts (n, L): windows of its share of the training text, or written by the AR teacher."""
+def halves(o, teacher, earlier_self, kept):
+    """The two halves of every method: {name: states(student, x, rows)} and {name: target(state)}.
+
+    kept: the concrete scores of all texts, where they were asked before training.
+    """
+    b, V = earlier_self.b, teacher.V
+
+    # States: what the student looks at.
+    def data(student, x, rows):
+        return State(x, x, dlm.hide(x, b, V), rows=rows)
+
+    def sampled(student, x, rows):
+        z, t = dlm.hide_at_step_times(x, b, V, o.last)
+        return State(x, x, z, t)
+
+    def rollout(student, x, rows):
+        y, z = dlm.rollout(student, x, o.first, o.order)
+        return State(x, y, z)
+
+    def whole(student, x, rows):
+        y, z = dlm.rollout(student, x, o.first, o.order, whole=True)
+        return State(y, y, z)
+
+    # Targets: what it aims at, (B, L, V).
+    def onehot(s):
+        return dlm.one_hot(s.y, V)
+
+    def prefix(s):
+        return dlm.prefix(teacher, s.x, s.y, b)
+
+    def score(s):
+        if s.rows is None:
+            return dlm.dense(*dlm.tcs(teacher, s.y, b, o.target, o.candidates), V)
+        return dlm.dense(*(a[s.rows] for a in kept), V)
+
+    def later(s):
+        return dlm.sdtt(earlier_self, s.x, s.z, s.t, 1 / o.first, o.k)
+
+    states = {"data": data, "teacher": data, "sampled": sampled, "rollout": rollout, "whole": whole}
+    targets = {"onehot": onehot, "prefix": prefix, "later": later}
+    return states, {**targets, **dict.fromkeys(dlm.ESTIMATORS, score)}
+
+
+def choose_method(o):
+    """Fills in what the method says and the user did not, and refuses pairs that make no sense."""
+    states, target, lr = METHODS[o.method]
+    o = dataclasses.replace(o, states=o.states or states, target=o.target or target, lr=o.lr or lr)
+    if o.divergence == "reverse" and o.target not in ("prefix", "later"):
+        raise UserError("--divergence reverse: infinite where the target is one-hot; "
+                        "use forward, tvd or mse")
+    goes_with = {"sampled": ("later",), "rollout": ("prefix",),
+                 "whole": ("prefix", *dlm.ESTIMATORS)}
+    if o.target not in goes_with.get(o.states, ("onehot", "prefix", *dlm.ESTIMATORS)):
+        raise UserError(f"--states {o.states} --target {o.target}: do not go together; rollout wants "
+                        "prefix, whole wants prefix or a TCS target, sdtt has both of its own")
+    return o
+
+
+def texts_for(o, teacher, ids):
+    """The student's texts (n, L): windows of its share of the training text, or the teacher's."""
     L = teacher.L
     with dlm.seeded(o.seed):
-        if states == "teacher":
-            return torch.cat([dlm.generate(teacher, len(rows)) for rows in torch.arange(o.texts).split(512)])
+        if o.states == "teacher":
+            batches = torch.arange(o.texts).split(512)
+            return torch.cat([dlm.generate(teacher, len(rows)) for rows in batches])
         n = max(L, int(o.fraction * len(ids)))
         start = torch.randint(len(ids) - n + 1, ())
-    x = ids[start:start + n].unfold(0, L, 1)                                    # every window, as a view
-    return x if all_windows else x[torch.linspace(0, len(x) - 1, o.texts).long().unique()]
+    windows = ids[start:start + n].unfold(0, L, 1)              # every one of them, as a view
+    if o.states == "data" and o.target in dlm.ESTIMATORS:       # as many as the teacher will score
+        return windows[torch.linspace(0, len(windows) - 1, o.texts).long().unique()]
+    return windows
 
 
-def make_batch_loss(o, states, target, teacher, itself, ids, val):
-    """The method: a function that draws texts, and for them states and targets, and returns the one loss; and what chooses
-    the weights to keep, None for the bound. `itself` is the student before training."""
-    b, V, on_policy = itself.b, teacher.V, states == "rollout"
-    x_all = texts_for(o, states, on_policy or target not in dlm.ESTIMATORS, teacher, ids)
-    if target in dlm.ESTIMATORS and not on_policy:
-        print(f"the teacher scores {len(x_all)} texts, once", flush=True)
-        aims = dlm.tcs(teacher, x_all, b, target, o.candidates)
+def score_texts(o, teacher, texts, b):
+    """The concrete scores of all texts, once: candidates and probabilities (n, L, K)."""
+    print(f"the teacher scores {len(texts)} texts, once", flush=True)
+    at_once = 4 if texts.device.type == "cpu" else 64           # a CPU's cache is small
+    batches = tqdm(texts.split(at_once), "scoring", leave=False, disable=None)
+    v, c = zip(*(dlm.tcs(teacher, x, b, o.target, o.candidates) for x in batches))
+    return torch.cat(v), torch.cat(c)
 
-    def states_and_targets(student, x, rows=None, whole=False):
-        """-> texts x, states z (B, L), targets (B, L, V), and the texts y that targets are of: on rollouts what the student
-        wrote, block by block behind x, else x."""
-        y = x
-        if on_policy:
-            y, z = dlm.rollout(student, x, o.first, o.order, whole)
-            x = y if whole else x
-        elif target == "sdtt":
-            z, t = dlm.hide_at(x, b, V, o.last)
-        else:
-            z = dlm.hide(x, b, V)
 
-        if target == "onehot":
-            return x, z, dlm.one_hot(x, V), y
-        if target == "sdtt":
-            return x, z, dlm.sdtt(itself, x, z, t, 1 / o.first, o.k), y
-        if on_policy and target == "prefix":
-            return x, z, dlm.opdlm(teacher, x, y, b), y
-        aim = dlm.tcs(teacher, x, b, target, o.candidates, quiet=True) if on_policy else (a[rows] for a in aims)
-        return x, z, dlm.dense(*aim, V), y
+class Distillation:
+    """What the training loop asks for: a batch's loss, and the number that chooses the weights."""
 
-    def batch_loss(student, done):
-        rows = torch.randint(len(x_all), (o.batch_size,), device=ids.device)
-        x, z, p = states_and_targets(student, x_all[rows], rows, done >= 1 - o.whole)[:3]
-        return dlm.loss(student, x, z, p, o.divergence)
+    def __init__(self, o, teacher, student, corpus):
+        device = student.embedding.weight.device
+        self.o = o
+        self.texts = texts_for(o, teacher, corpus.parts["train"].to(device))
+        self.held = train_teacher.consecutive(corpus.parts["val"], student.L, 256).to(device)
+        if o.states == "teacher":       # no text but the teacher's: it chooses the weights, too
+            with dlm.seeded(o.seed + 1):
+                self.held = dlm.generate(teacher, 256)
+        asked_before = o.states in ("data", "teacher") and o.target in dlm.ESTIMATORS
+        kept = score_texts(o, teacher, self.texts, student.b) if asked_before else None
+        earlier_self = copy.deepcopy(student).eval()
+        states, targets = halves(o, teacher, earlier_self, kept)
+        self.states = states[o.states]
+        self.target = targets[o.target]
 
-    val = val[:64] if on_policy else val
+    def batch_loss(self, student):
+        rows = torch.randint(len(self.texts), (self.o.batch_size,), device=self.held.device)
+        s = self.states(student, self.texts[rows], rows)
+        return dlm.loss(student, s.x, s.z, self.target(s), self.o.divergence)
 
     @torch.no_grad()
-    def validate(student):
+    def validate(self, student):
+        """The bound on held-out text or, where states are the student's own, the loss behind it."""
+        if self.o.states in ("data", "teacher"):
+            return dlm.bound(student, self.held)[0]
+        held = self.held if self.o.states == "sampled" else self.held[:64]
         with dlm.seeded(0):
-            x, z, p, y = states_and_targets(student, val, whole=o.whole == 1)
-        if on_policy and dlm.entropy(y) < FLOOR * dlm.entropy(val):
-            tqdm.write(f"warning: what the student writes has {dlm.entropy(y):.2f} nats of entropy, held-out text "
-                       f"{dlm.entropy(val):.2f}; try a lower --lr, or --student from --method prefix")
-        return dlm.loss(student, x, z, p, o.divergence).item()
-
-    return batch_loss, validate if on_policy or target == "sdtt" else None
-
-
-def evaluate(model, teacher, judge, text, device, most, order):
-    """One row for held-out text, one for the AR teacher, the others for the student by order and steps a block, up to
-    `most`. Last word: of how many held-out passages it is found, greedily and in as many steps."""
-    held = dlm.consecutive(text.parts["test"], model.L, JUDGED).to(device)
-    ways = [("AR teacher", teacher, {"steps": 1}),
-            (f"student, {most} steps, ancestral", model, {"steps": most, "order": "ancestral"}),
-            ("student, threshold 0.9", model, {"threshold": 0.9})]
-    ways += [(f"student, {n} steps, {order}", model, {"steps": n, "order": order}) for n in STEPS if n <= most]
-    rows, samples = [{"what": "held-out text", **dlm.judge_samples(judge, held, text)}], {}
-    passages = dlm.passages(text, 256)
-    for what, who, way in ways:
-        with dlm.seeded(0):
-            row, x = dlm.judge_sampling(who, JUDGED, judge, text, **way)
-        rows.append({"what": what, **row, "last_word": dlm.last_word_accuracy(who, passages, text.tokenizer, **way)})
-        samples[what] = [text.tokenizer.decode(t) for t in x[:4]]
-    show(rows, model.b)
-    return rows, samples
+            s = self.states(student, held, None)
+            target = self.target(s)
+        value = dlm.loss(student, s.x, s.z, target, self.o.divergence).item()
+        real = dlm.entropy(held)
+        written = dlm.entropy(s.y)
+        if written < FLOOR * real:
+            tqdm.write(f"warning: what the student writes has {written:.2f} nats of entropy, "
+                       f"held-out text {real:.2f}; try a lower --lr, or a better --student")
+            value += COLLAPSED          # dull text pleases any teacher: keep no such weights
+        return value
 
 
-def in_order(rows, order):
-    """The rows of a student that writes in this order."""
-    return [r for r in rows if r.get("order") == order]
+# --------------------------------------------------------------------------------------------------
+# What the students write
+
+def entrants(teacher, student, most, order):
+    """Who writes for the table: the AR teacher, and the student by order and steps up to `most`."""
+    found = [("AR teacher", teacher, {}),
+             (f"student, {most} steps, ancestral", student, {"steps": most, "order": "ancestral"}),
+             ("student, threshold 0.9", student, {"threshold": 0.9})]
+    for n in STEPS:
+        if n <= most:
+            found.append((f"student, {n} steps, {order}", student, {"steps": n, "order": order}))
+    return found
 
 
-def show(rows, b):
-    """Prints the table."""
-    print(f"\n{JUDGED} texts; steps are per block of {b:<5} calls seconds  judge NLL  entropy  bigrams  known words  "
-          "last word")
-    for r in rows:
-        print(f"{r['what']:<35} {r.get('calls', 0):>8.1f} {r.get('seconds', 0):>7.1f} {r['judge_nll']:>10.3f} "
-              f"{r['entropy']:>8.3f} {r['bigram_entropy']:>8.3f} {r['known_words']:>12.1%}"
-              + (f" {r['last_word']:>10.1%}" if "last_word" in r else ""))
-
-
-def draw_quality(known, students):
-    """Judge NLL and entropy against network calls: held-out text and AR teacher as lines, {name: rows} of students."""
-    calls = sorted({r["calls"] for rows in students.values() for r in rows})
-    fig, axes = plt.subplots(1, 2, figsize=(8, 3.2))
-    for ax, key, label in zip(axes, ("judge_nll", "entropy"), ("judge NLL, nats per token", "unigram entropy, nats")):
-        for (name, rows), style in zip(students.items(), ("ko-", "ks--", "k^:")):
-            ax.plot([r["calls"] for r in rows], [r[key] for r in rows], style, markerfacecolor="none", label=name)
-        for r, style in zip(known, (":", "--")):
+def plot_quality(rows):
+    """Judge NLL and entropy against calls; the first two rows, text and AR teacher, as lines."""
+    fig, axes = train_teacher.subplots(2, (8, 3.2))
+    labels = {"judge_nll": "judge NLL, nats per token", "entropy": "unigram entropy, nats"}
+    for ax, (key, label) in zip(axes, labels.items()):
+        for r, style in zip(rows[:2], (":", "--")):
             ax.axhline(r[key], color="0.5", linestyle=style, label=r["what"])
-        ax.set(xlabel="network calls for a text", ylabel=label, xscale="log")
-        ax.set_xticks(calls, [f"{c:.0f}" for c in calls])
-        ax.minorticks_off()
-    axes[1].legend(fontsize=8)
+        for r, marker in zip(rows[2:], "os^vD<>*px"):
+            ax.plot(r["calls"], r[key], "k" + marker, markerfacecolor="none", label=r["what"])
+        ax.set(xlabel="network calls for a text", ylabel=label)
+    axes[1].legend(fontsize=6)
     return fig
 
 
-def finish(o, folder):
-    """Runs into the folder, or goes on there if a run was interrupted; a finished one stays as it is -> the folder."""
-    o, ckpt = dataclasses.replace(o, out=folder), None
-    if Path(folder, "checkpoint.pt").exists() and not o.overwrite:
-        kept, ckpt = train_teacher.resumed(dataclasses.replace(o, resume=folder), [])
-        if dataclasses.replace(o, lr=o.lr or kept.lr, resume=folder) != dataclasses.replace(kept, overwrite=False):
-            raise UserError(f"--out {folder}: holds a run with other options; --overwrite replaces it, or name another")
-        o = kept
-    if ckpt is None or ckpt["trainer"]["step"] < o.steps or not Path(folder, "metrics.json").exists():
-        run(o, ckpt)
+# --------------------------------------------------------------------------------------------------
+# The script: one run, the rounds of SDTT, or all methods
+
+def load_models(o, device, folder, ckpt):
+    """-> the teacher's path, teacher, student, judge and corpus. What is missing is trained first.
+
+    folder, ckpt: of the run that goes on, if one does.
+    """
+    like = train_teacher.Options(tokenizer=o.tokenizer)
+    path = Path(o.teacher or train_teacher.ar_model(o, 0, "teacher", like))
+    teacher, tokenizer, teacher_ckpt = train_teacher.load(path, "--teacher", device)
+    if teacher.b != 1:
+        raise UserError(f"--teacher {path}: a diffusion model (b = {teacher.b}), where an AR one "
+                        "is needed; train one with train_teacher.py, or use this as --student")
+    student = make_student(o, teacher, tokenizer, device)
+
+    like = train_teacher.options_of(teacher_ckpt)
+    spec = like.tokenizer if o.teacher else tokenizer
+    corpus = train_teacher.load_corpus(o.data, spec, teacher.L)
+    if o.teacher:                       # it may have learned from any text, in the same tokens
+        train_teacher.same_vocabulary(f"--teacher {path}", tokenizer, teacher,
+                                      f"--data {o.data}", corpus.tokenizer, teacher)
     else:
-        print(f"{folder}: finished before, in {o.steps} steps, and kept; --overwrite makes it anew")
+        train_teacher.same_text(path, teacher_ckpt, corpus)
+    if ckpt:
+        train_teacher.same_text(folder, ckpt, corpus)
+
+    judge_path = train_teacher.ar_model(o, like.seed + 1, "judge", like)
+    judge, its_tokenizer, judge_ckpt = train_teacher.load(judge_path, "the judge,", device)
+    train_teacher.same_text(judge_path, judge_ckpt, corpus)
+    train_teacher.same_vocabulary(f"--teacher {path}", tokenizer, teacher,
+                                  f"the judge, {judge_path}", its_tokenizer, judge)
+    return path, teacher, student, judge, corpus
+
+
+def make_student(o, teacher, tokenizer, device):
+    """The student with the weights that it starts from."""
+    b = o.block or teacher.L
+    if b == 1:
+        raise UserError("--block 1: that is the AR model itself; use 2 or more, or 0 for all")
+    start = teacher
+    if o.student not in ("ar", "random"):
+        start, its_tokenizer, _ = train_teacher.load(o.student, "--student", device)
+        train_teacher.same_vocabulary(f"--student {o.student}", its_tokenizer, start,
+                                      "the teacher", tokenizer, teacher)
+    if o.method == "sdtt":
+        b = start.b
+    torch.manual_seed(o.seed)
+    student = dlm.Transformer(dataclasses.replace(start.c, b=b)).to(device)
+    if o.student != "random":
+        student.load_state_dict(start.state_dict())
+    return student
+
+
+def run(o, ckpt=None):
+    """One method: trains into its folder, and reports."""
+    device = train_teacher.pick_device(o.device)
+    o = choose_method(o)
+    what = o.method if METHODS[o.method][:2] == (o.states, o.target) else f"{o.states}-{o.target}"
+    folder = train_teacher.folder_of(o, train_teacher.run_name(o, what, f"-b{o.block}"))
+    path, teacher, student, judge, corpus = load_models(o, device, folder, ckpt)
+    start = time.time()
+    method = Distillation(o, teacher, student, corpus)
+    more = {"teacher": str(path), "teacher_seconds": time.time() - start}   # writing, scoring
+    with dlm.seeded(0), dlm.counting(student) as count:
+        method.batch_loss(student)
+    more["student_tokens"] = o.updates * count["slots"]
+    trainer = train_teacher.fit(o, folder, student, corpus, method.batch_loss, ckpt,
+                                method.validate)
+    report(o, folder, trainer, teacher, judge, corpus, more)
+
+
+def report(o, folder, trainer, teacher, judge, corpus, more):
+    """The table, the figure, samples, and what train_teacher.py reports of any model."""
+    model = trainer.averaged()
+    most = min(model.b, o.first or model.b)
+    rows = sample.compare(entrants(teacher, model, most, o.order), judge, corpus, JUDGED)
+    if model.L % model.b == 0:
+        held = train_teacher.consecutive(corpus.parts["test"], model.L, 64)
+        held = held.to(model.embedding.weight.device)
+        more["gap"] = dlm.inference_gap(model, teacher, held, most, o.order)
+        print("\nKL from the AR teacher: {:.3f} nats per token on states that the student visits, "
+              "{:.3f} on random masks".format(*more["gap"]))
+    train_teacher.report(o, folder, trainer, model, corpus, table=rows, **more)
+    train_teacher.save_figure(plot_quality(rows), folder / "quality.png")
+    for row in (rows[1], rows[-1]):
+        print(f"\n{row['what']}, the first four texts of seed 0:")
+        for text in row["samples"]:
+            print("  " + text.replace("\n", "⏎"))
+    print(f"\n{folder}: checkpoint.pt, metrics.json, loss.png, quality.png. "
+          f"Next: python sample.py --checkpoint {folder}")
+
+
+def finish(o, folder):
+    """Runs into the folder, or goes on there; a finished run stays as it is -> the folder."""
+    o = dataclasses.replace(o, out=folder)
+    ckpt = None
+    if Path(folder, "checkpoint.pt").exists() and not o.overwrite:
+        asked = dataclasses.replace(o, resume=folder)
+        kept, ckpt = train_teacher.resumed(asked, [])
+        if choose_method(asked) != dataclasses.replace(kept, overwrite=False):
+            raise UserError(f"--out {folder}: holds a run with other options; "
+                            "--overwrite replaces it, or name another")
+        o = kept
+    done = ckpt and ckpt["trainer"]["done"] == o.updates and Path(folder, "metrics.json").exists()
+    if done:
+        print(f"{folder}: finished before, and kept; --overwrite makes it anew")
+    else:
+        run(o, ckpt)
     return folder
 
 
 def rounds(o):
-    """SDTT: each round a run of its own, whose student starts the next -> {steps a block: its folder}."""
+    """SDTT: each round is a run, whose student starts the next -> {steps a block: its folder}."""
     if o.target:
         raise UserError(f"--target {o.target}: sdtt has a target of its own; leave this option out")
     if o.student in ("ar", "random"):
-        raise UserError(f"--student {o.student}: SDTT starts from a trained diffusion model; name its run")
-    b = dlm.load(o.student, "--student")[0].b
+        raise UserError(f"--student {o.student}: sdtt starts from a trained diffusion model; "
+                        "name its run")
+    b = train_teacher.load(o.student, "--student")[0].b
     if b == 1:
-        raise UserError(f"--student {o.student}: an AR model, where SDTT starts from a diffusion model")
-    N, student, folders = o.first or b, o.student, {}
-    base = o.out or f"runs/{train_teacher.run_name(o, o.method, f'-b{b}')}"
+        raise UserError(f"--student {o.student}: an AR model; sdtt starts from a diffusion model")
+    N = o.first or b
     if N // o.k < o.last:
-        raise UserError(f"--first {N}: a round of k = {o.k} makes {N // o.k} steps of it, below --last {o.last}")
-    while (M := N // o.k) >= o.last:
-        print(f"\n{M * o.k} steps a block become {M}" + f" ({N} is no multiple of {o.k})" * (M * o.k < N), flush=True)
-        part = dataclasses.replace(o, first=M * o.k, last=M, block=b, student=student)
-        N, student = M, finish(part, f"{base}-{M}steps")
-        folders[M] = student
+        raise UserError(f"--first {N}: a round of k = {o.k} makes {N // o.k} steps of it, "
+                        f"below --last {o.last}")
+    base = o.out or "runs/" + train_teacher.run_name(o, o.method, f"-b{b}")
+    student = o.student
+    folders = {}
+    while N // o.k >= o.last:
+        N = N // o.k
+        print(f"\n{N * o.k} steps a block become {N}", flush=True)
+        part = dataclasses.replace(o, first=N * o.k, last=N, block=b, student=student)
+        student = finish(part, f"{base}-{N}steps")
+        folders[N] = student
     return folders
 
 
 def main_job(o):
-    """The main job: TCS, SDTT from its student, and OPDLM, each a run of its own; then one table and one figure of them."""
-    for name in ("states", "target"):
-        if getattr(o, name):
-            raise UserError(f"--{name} {getattr(o, name)}: every method has its own; name one with --method")
-    print("a teacher, a judge, then TCS, SDTT and OPDLM: 4 to 8 minutes on 2 cores with the defaults", flush=True)
-    name = o.out or f"runs/{train_teacher.run_name(o, 'all', f'-b{o.block}')}"
-    parts = {m: dataclasses.replace(o, method=m, out=f"{name}-{m}", steps=max(1, round(o.steps * share)),
-                                    texts=max(16, o.texts // 4)) for m, share in ALL.items()}
-    tcs = finish(parts["tcs"], parts["tcs"].out)
-    half = (o.first or dlm.load(tcs, "--student")[0].b) // o.k                # one round is enough to see
-    sdtt = rounds(dataclasses.replace(parts["sdtt"], student=tcs, last=max(o.last, half)))
-    opdlm = finish(parts["opdlm"], parts["opdlm"].out)
+    """TCS, SDTT from its student, and OPDLM, each a run; then one table and one figure of all."""
+    if o.states or o.target:
+        name = "states" if o.states else "target"
+        raise UserError(f"--{name} {vars(o)[name]}: every method has its own; "
+                        "name one with --method")
+    print("a teacher, a judge, then TCS, SDTT and OPDLM: 4 to 8 minutes on 2 cores", flush=True)
+    folder = o.out or "runs/" + train_teacher.run_name(o, "all", f"-b{o.block}")
+    parts = {method: dataclasses.replace(o, method=method, texts=max(16, o.texts // 4),
+                                         updates=max(1, round(o.updates * share)))
+             for method, share in SHARES.items()}
+    tcs = finish(parts["tcs"], f"{folder}-tcs")
+    steps = o.first or train_teacher.load(tcs, "--student")[0].b
+    one_round = dataclasses.replace(parts["sdtt"], student=tcs, out=f"{folder}-sdtt",
+                                    last=max(o.last, steps // o.k))
+    *_, sdtt = rounds(one_round).values()
+    opdlm = finish(parts["opdlm"], f"{folder}-opdlm")
 
-    table = {f: json.loads(Path(f, "metrics.json").read_text())["table"] for f in (tcs, *sdtt.values(), opdlm)}
-    rows = {f: in_order(table[f], o.order) for f in table}
-    students = {"TCS": rows[tcs], "SDTT": [r for n, f in sorted(sdtt.items()) for r in rows[f] if r["steps"] == n],
-                "OPDLM": rows[opdlm]}
-    students = {who: [{**r, "what": r["what"].replace("student", who)} for r in its] for who, its in students.items()}
-    known = table[tcs][:2]                                        # held-out text and the AR teacher
-    lines = known + sum(students.values(), [])
-    show(lines, o.block or "all")
-    save_figure(draw_quality(known, students), Path(name, "quality.png"))
-    dlm.write_json(Path(name, "metrics.json"), {"options": dataclasses.asdict(o), "table": lines})
-    print(f"{name}: metrics.json and quality.png of them all")
+    table = read_table(tcs)[:2]                                 # held-out text and the AR teacher
+    for name, its_folder in {"TCS": tcs, "SDTT": sdtt, "OPDLM": opdlm}.items():
+        for r in read_table(its_folder):
+            if r.get("order") == o.order:
+                table.append({**r, "what": r["what"].replace("student", name)})
+    sample.print_rows(table, header=f"{JUDGED} texts, blocks of {o.block or 'all'}")
+    train_teacher.save_figure(plot_quality(table), Path(folder, "quality.png"))
+    train_teacher.write_json(Path(folder, "metrics.json"), {"options": vars(o), "table": table})
+    print(f"{folder}: metrics.json and quality.png of them all")
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    o, ckpt = train_teacher.resumed(dlm.parse(Options, argv, __doc__), argv)
+def read_table(folder):
+    return json.loads(Path(folder, "metrics.json").read_text())["table"]
+
+
+def main(argv):
+    o, ckpt = train_teacher.resumed(train_teacher.parse(Options, argv, __doc__), argv)
     if ckpt or o.method not in ("all", "sdtt"):
         run(o, ckpt)
+    elif o.method == "sdtt":
+        rounds(o)
     else:
-        main_job(o) if o.method == "all" else rounds(o)
-
-
-def run(o, ckpt):
-    start, device = time.time(), dlm.pick_device(o.device)
-    own = METHODS[o.method]
-    states, target, o.lr = o.states or own[0], o.target or own[1], o.lr or own[2]
-    if o.divergence == "reverse" and target not in ("prefix", "sdtt"):
-        raise UserError("--divergence reverse: infinite where the target is one-hot; use forward, tvd or mse")
-    if states == "rollout" and target in ("onehot", "sdtt"):
-        raise UserError("--states rollout: goes with --target prefix, or with a TCS estimator and --whole 1")
-    if states == "rollout" and target != "prefix" and o.whole < 1:
-        raise UserError(f"--target {target}: scored on rollouts of whole texts only; add --whole 1, or use prefix")
-    what = o.method if (states, target) == own[:2] else f"{states}-{target}"
-    folder = train_teacher.folder_of(o, train_teacher.run_name(o, what, f"-b{o.block}"))
-    path, teacher, tokenizer, teacher_ckpt, student = load_models(o, device)
-    like = train_teacher.Options(**teacher_ckpt["options"])
-    text = dlm.load_text(o.data, like.tokenizer if o.teacher else tokenizer, teacher.L)
-    if o.teacher:                                         # it may have learned from anything; its judge learns from this text
-        dlm.same_vocabulary(f"--teacher {path}", tokenizer, teacher, f"--data {o.data}", text.tokenizer, teacher)
-    else:
-        dlm.same_text(path, teacher_ckpt, text)
-    if ckpt:
-        dlm.same_text(folder, ckpt, text)
-    judge_path = train_teacher.ar_model(o, like.seed + 1, "judge", like)
-    judge, judge_tokenizer, judge_ckpt = dlm.load(judge_path, "the judge,", device)
-    dlm.same_text(judge_path, judge_ckpt, text)
-    dlm.same_vocabulary(f"--teacher {path}", tokenizer, teacher, f"the judge, {judge_path}", judge_tokenizer, judge)
-    ids = text.parts["train"].to(device)
-    before = time.time()                                  # the teacher's part: writing and scoring
-    val = dlm.consecutive(text.parts["val"], student.L, 256).to(device)
-    batch_loss, validate = make_batch_loss(o, states, target, teacher, copy.deepcopy(student).eval(), ids, val)
-    prepared = time.time() - before
-    tokens = 0
-    for done, share in ((0.0, 1 - o.whole), (1.0, o.whole)):             # single blocks first, then whole rollouts
-        if share:
-            with dlm.seeded(0), dlm.counting(student) as count:
-                batch_loss(student, done)
-            tokens += o.steps * share * count["slots"]
-    trainer = train_teacher.fit(o, folder, student, text, batch_loss, o.lr, ckpt, folder.name, validate)
-    model = trainer.averaged()
-    most, held = min(model.b, o.first or model.b), dlm.consecutive(text.parts["test"], model.L, 64).to(device)
-    rows, samples = evaluate(model, teacher, judge, text, device, most, o.order)
-    gap = None if model.L % model.b else dlm.inference_gap(model, teacher, held, most, o.order)
-    if gap:
-        print(f"\nKL from the AR teacher: {gap[0]:.3f} nats per token on states that the student visits, {gap[1]:.3f} on "
-              "random masks")
-    train_teacher.report(o, folder, trainer, model, text, teacher=str(path), states=states, target=target, gap=gap,
-                         teacher_seconds=prepared, student_tokens=tokens, table=rows, samples=samples)
-    save_figure(draw_quality(rows[:2], {f"student, {o.order} order": in_order(rows, o.order)}), folder / "quality.png")
-    for who in ("AR teacher", rows[-1]["what"]):
-        print(f"\n{who}, the first four texts of seed 0:")
-        for t in samples[who]:
-            print("  " + t.replace("\n", "⏎"))
-    print(f"\n{folder}: checkpoint.pt, metrics.json, loss.png, quality.png; {time.time() - start:.0f} s in all. "
-          f"Next: python sample.py --checkpoint {folder}")
+        main_job(o)
 
 
 if __name__ == "__main__":
-    dlm.run_script(main)
+    train_teacher.run_script(main)

@@ -1,200 +1,140 @@
 """Write text with a trained model, AR or diffusion: from nothing, after a prompt, or into gaps.
 
-    python sample.py                                        # the newest model in runs/
-    python sample.py --prompt "The statement "              # goes on from a prompt
-    python sample.py --prompt "The ________ of an object"   # fills gaps: three or more underscores, one token each
-    python sample.py --watch                                # shows the text as it resolves
-    python sample.py --bench runs/A,runs/B --judge runs/C   # compares models, orders and steps: quality and speed
-    python sample.py --correct "The statment is exectued"   # rewrites what is unlikely: wants a model with b = L
+    python sample.py                                       # the newest model in runs/
+    python sample.py --prompt "The statement "             # goes on from a prompt
+    python sample.py --prompt "The ________ of an object"  # fills a gap, one token an underscore
+    python sample.py --watch                               # shows the text as it resolves
+    python sample.py --correct "The statment is exectued"  # rewrites what is unlikely; needs b = L
+    python sample.py --bench runs/A,runs/B --judge runs/C  # compares models, orders and steps
 """
-import itertools
 import os
+import signal
+if __name__ == "__main__":  # torch takes a second to import: until run_script, Ctrl-C just ends it
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import itertools
 import re
 import shutil
 import sys
 import time
+import timeit
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import dlm  # before torch, for the setting that torch must find when it starts
 import torch
+from dlm import UserError
+from train_teacher import (consecutive, load, load_corpus, option, parse, pick_device, replace_file,
+                           run_script, same_vocabulary, versions, write_json)
 
-import dlm
-from dlm import UserError, option
-
-SHIPPED = Path(__file__).parent / "assets" / "dlm-docs-whole.pt"  # a small trained model, so that something shows at once
-
-NO_THRESHOLD = ("ancestral", "spread")                       # orders that say themselves how many tokens a step reveals
+SHIPPED = Path(__file__).parent / "assets" / "dlm-docs-whole.pt"  # to see something at once
+OWN_PACE = ("ancestral", "spread")  # orders that decide how many tokens a step reveals
+HIDDEN = "░"
+COLOURS = {"given": "\033[36m{}\033[0m", "hidden": "\033[2m{}\033[0m", "new": "\033[1;32m{}\033[0m"}
+INKS = {"given": "#0a7d8c", "hidden": "#bbbbbb", "new": "#1a9641", "old": "#222222"}
+COLUMNS = {"judge": "{judge_nll:.3f}", "entropy": "{entropy:.2f}",
+           "bigrams": "{bigram_entropy:.2f}", "distinct": "{distinct_2:.2f}",
+           "copied": "{copied:.1%}", "last word": "{last_word:.0%}", "calls": "{calls:.1f}",
+           "1 text": "{seconds_1[1]:.3f} s", "32 texts": "{seconds_32[1]:.3f} s"}
 
 
 @dataclass
 class Options:
-    checkpoint: str = option("", "a run's folder or checkpoint; empty: the newest in runs/, else the one in assets/")
-    prompt: str = option("", "text to keep; each run of three or more underscores is a gap of as many tokens")
-    length: int = option(0, "tokens in all, also more than the model's context; 0: the context, or the prompt's length if "
-                         "it has gaps", at_least=0)
-    stop: str = option("", "end each text before this string")
+    checkpoint: str = option("", "a run; empty: the newest in runs/, or the shipped model")
+    prompt: str = option("", "text to keep; three or more underscores are a gap of as many tokens")
+    length: int = option(0, "tokens in all; 0: the context, or a prompt with gaps", at_least=0)
+    stop: str = option("", "end texts before this string")
     number: int = option(4, "texts", at_least=1)
-    steps: int = option(0, "steps a block; 0: one token a step", at_least=0)
-    order: str = option("", "which tokens come first: random ones (ancestral: at random times too), from the left, the "
-                        "surest by confidence, margin or entropy, or the surest of each stretch of --steps ones (spread); "
-                        "empty: what the model was trained for, else spread, and with --threshold left",
-                        choices=("", *dlm.ORDERS))
-    threshold: float = option(0.0, "instead of --steps: a step reveals the first in order and all that are at least so "
-                              "sure (0 to 1)", at_least=0, at_most=1)
-    remask: int = option(0, "further steps a block: each hides as many tokens again as a step revealed, the least likely, "
-                         "or with --order random and ancestral random ones, and draws them anew", at_least=0)
-    temperature: float = option(1.0, "below 1 sharper, 0 the likeliest token", at_least=0)
-    top_k: int = option(0, "draw from the K likeliest tokens only; 0: from all", at_least=0)
-    top_p: float = option(1.0, "draw from the likeliest tokens that together reach this probability", at_least=0, at_most=1)
-    correct: str = option("", "a text whose unlikely tokens are found and rewritten; writes nothing else")
-    doubt: float = option(6.0, "with --correct: rewrite where another token is likelier by this many nats", at_least=0)
-    bench: str = option("", "checkpoints to compare, AR or diffusion, separated by commas; --order and --steps, or "
-                        "--threshold, narrow it")
-    judge: str = option("", "with --bench: the AR checkpoint that judges the texts, best trained from another seed")
-    texts: int = option(128, "with --bench: texts a row of the table", at_least=2)
-    passages: str = option("", "with --bench: a text file such as LAMBADA's, one passage a line, whose last words are to "
-                           "be found; empty: passages of the judge's held-out text")
-    out: str = option("runs/bench", "with --bench: folder of its table and figure")
-    watch: bool = option(False, "show the text as it resolves: hidden tokens dim, new ones bright")
-    gif: str = option("", "draw that into this file, the first text only")
-    seed: int = option(0, "seed: the same seed and options give the same texts", at_least=0)
+    steps: int = option(0, "steps a block; 0: one a token", at_least=0)
+    order: str = option("", "first come random tokens, the surest, or the surest of each stretch; "
+                            "empty: the model's, else spread (threshold: left)", ("", *dlm.ORDERS))
+    threshold: float = option(0.0, "a step reveals all at least so sure", at_least=0, at_most=1)
+    temperature: float = option(1.0, "below 1 sharper, 0 the likeliest", at_least=0)
+    top_k: int = option(0, "draw from the K likeliest tokens; 0: from all", at_least=0)
+    top_p: float = option(1.0, "draw from the likeliest, up to this sum", at_least=0, at_most=1)
+    correct: str = option("", "rewrite the unlikely tokens of this text")
+    doubt: float = option(6.0, "--correct: how much likelier the other is, in nats", at_least=0)
+    bench: str = option("", "runs to compare, with commas; --order, --steps, --threshold narrow it")
+    judge: str = option("", "--bench: the AR run that judges, best of another seed")
+    texts: int = option(128, "--bench: texts a row", at_least=2)
+    out: str = option("runs/bench", "--bench: folder of its bench.json")
+    watch: bool = option(False, "show texts as they resolve: hidden tokens dim, new ones bright")
+    gif: str = option("", "draw the first text, resolving, into this file")
+    seed: int = option(0, "the same seed and options give the same texts", at_least=0)
     device: str = option("auto", "auto, cuda, mps or cpu")
 
 
-def newest():
-    runs = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
-    if not runs and not SHIPPED.exists():
-        raise UserError("--checkpoint: no model in runs/ yet; train one with python distill.py")
-    return runs[-1] if runs else SHIPPED
-
-
 def read_prompt(o, model, tokenizer):
-    """-> the state to start from (length,): given tokens, and [MASK] in the gaps and after the prompt."""
-    parts = [torch.full((len(p),), model.V) if p.startswith("___") else tokenizer.encode(p, "--prompt")
-             for p in re.split(r"(_{3,})", o.prompt) if p]
-    z = torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
-    length = o.length or (len(z) if (z == model.V).any() else model.L)
-    if len(z) > length or (len(z) == length and not (z == model.V).any()):
-        raise UserError(f"--prompt: {len(z)} tokens leave no room in {length}; shorten it, ask for more with --length, or "
-                        "leave a ___ gap")
-    return torch.cat([z, torch.full((length - len(z),), model.V)])
+    """-> the state to start from (T,): tokens to keep, [MASK] in the gaps and after the prompt."""
+    z = []
+    for part in re.split("(_{3,})", o.prompt):
+        is_gap = part.startswith("___")
+        z += [model.V] * len(part) if is_gap else tokenizer.encode(part, "--prompt").tolist()
+    has_gaps = model.V in z
+    length = o.length or (len(z) if has_gaps else model.L)
+    if len(z) > (length if has_gaps else length - 1):
+        raise UserError(f"--prompt: {len(z)} tokens leave no room in {length}; shorten it, "
+                        "ask for more with --length, or leave a ___ gap")
+    return torch.tensor(z + [model.V] * (length - len(z)))
 
 
-HIDDEN = "░"
-COLOURS = {"given": "\033[36m", "hidden": "\033[2m", "new": "\033[1;32m", "old": ""}     # in a terminal
-INKS = {"given": "#0a7d8c", "hidden": "#bbbbbb", "new": "#1a9641", "old": "#222222"}       # in a picture
+def unseen(z, model):
+    """Whether in z (T,) a block with gaps has tokens to its right, which it sees only if b = L."""
+    block = torch.arange(len(z), device=z.device) // model.b
+    hidden = z == model.V
+    return bool((block[~hidden] > block[hidden].min()).any())
 
 
-def timed(f, repeats=5):
-    """Median, minimum and maximum of the seconds f() takes, after one call to warm up."""
-    def once():
-        start = time.perf_counter()
-        f().cpu()                                   # waits for the device
-        return time.perf_counter() - start
-    once()
-    seconds = sorted(once() for _ in range(repeats))
-    return seconds[repeats // 2], seconds[0], seconds[-1]
+@torch.no_grad()
+def correct(model, x, doubt=6.0):
+    """Rewrites unlikely tokens of a text x (L,), the worst first; yields (place, excess, new text).
+    Excess: by how many nats the network's favourite, given all that it may see, is likelier."""
+    alone = torch.eye(len(x), dtype=torch.bool, device=x.device)    # row i hides token i, no other
+    tried = torch.zeros_like(x, dtype=torch.bool)                   # once each, so that this ends
+    while True:
+        rows = x.expand(len(x), -1)
+        logp = model(rows, rows.masked_fill(alone, model.V))[alone]                         # (L, V)
+        excess, favourite = (logp - logp.gather(1, x[:, None])).max(-1)
+        worst, i = excess.masked_fill(tried, -1).max(0)
+        if worst <= doubt:
+            return
+        x = torch.where(alone[i], favourite, x)
+        tried |= alone[i]
+        yield int(i), float(worst), x
 
 
-def read_passages(path):
-    try:
-        found = [p for p in Path(path).read_text(encoding="utf-8").splitlines() if re.search(r"\w\W*$", p)]
-    except (OSError, UnicodeDecodeError):
-        found = []
-    if not found:
-        raise UserError(f"--passages {path}: cannot be read, or has no words; give a text file, one passage a line")
-    return found
-
-
-def drawing(o):
-    """How tokens are drawn from their marginals: the options of `dlm.warp`."""
-    return {"temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p}
-
-
-def bench(o, device):
-    """Each checkpoint by each order and number of steps: quality under the judge, calls, seconds. Table, JSON, figure."""
-    from train_teacher import plt, save_figure      # here: sampling need not wait for matplotlib
-    judge, tokenizer, ckpt = dlm.load(o.judge, "--judge", device)
-    if judge.b != 1:
-        raise UserError(f"--judge {o.judge}: a diffusion model; name an AR one")
-    models = []
-    for path in o.bench.split(","):
-        model, its_tokenizer, _ = dlm.load(path, "--bench", device)
-        dlm.same_vocabulary(f"--bench {path}", its_tokenizer, model, f"--judge {o.judge}", tokenizer, judge)
-        models.append((path, model))
-    text = dlm.load_text(ckpt["options"]["data"], tokenizer, judge.L)
-    passages = read_passages(o.passages) if o.passages else dlm.passages(text)
-    rows = [{"what": "held-out text",
-             **dlm.judge_samples(judge, dlm.consecutive(text.parts["test"], judge.L, o.texts).to(device), text)}]
-    print(f"{o.texts} texts a row; last: of {len(passages)} passages, how many last words are found; seconds: median "
-          "(minimum to maximum) of 5, batches of 1 and 32\n"
-          f"{'what':<44} {'judge':>6} {'H1':>5} {'H2':>5} {'dist2':>5} {'words':>5} {'last':>5} {'calls':>6} "
-          f"{'batch 1':>22} {'batch 32':>22}")
-    for path, model in models:
-        orders = [o.order] if o.order else dlm.ORDERS if model.b > 1 else [None]
-        steps = [o.steps] if o.steps else [n for n in (2 ** k for k in range(11)) if n <= model.b]
-        ways = [{"order": order, "steps": n, "remask": o.remask} for order in orders for n in steps]
-        if model.b > 1:
-            thresholds = [o.threshold] if o.threshold else [] if o.steps or o.order in NO_THRESHOLD else [0.5, 0.7, 0.9]
-            ways = ([] if o.threshold else ways) + [{"order": o.order or "left", "threshold": t} for t in thresholds]
-        for way in ways:
-            with dlm.seeded(o.seed):
-                row = dlm.judge_sampling(model, o.texts, judge, text, **way, **drawing(o))[0]
-                found = dlm.last_word_accuracy(model, passages, tokenizer, **way)
-                alone, many = (timed(lambda: dlm.generate(model, B, **way, **drawing(o))) for B in (1, 32))
-            name = " ".join([Path(path).stem, *(f"{k} {v}" for k, v in way.items() if v and model.b > 1)])
-            r = {"what": name, "checkpoint": path, "block": model.b, "last_word": found, **row, "seconds_1": alone,
-                 "seconds_32": many}
-            rows.append(r)
-            print(f"{name:<44} {r['judge_nll']:>6.3f} {r['entropy']:>5.2f} {r['bigram_entropy']:>5.2f} "
-                  f"{r['distinct_2']:>5.2f} {r['known_words']:>5.0%} {found:>5.0%} {r['calls']:>6.1f} " + " ".join(
-                      f"{a:>7.3f} ({b:.3f} to {c:.3f})".rjust(22) for a, b, c in (alone, many)), flush=True)
-    dlm.write_json(Path(o.out) / "bench.json",
-                   {"options": vars(o), "device": device, "versions": dlm.versions(), "rows": rows})
-    fig, ax = plt.subplots(figsize=(7, 4.5))
-    lines = {}
-    for r in rows[1:]:
-        kind = "AR, cached" if r["block"] == 1 else r["order"] + (", by threshold" if "threshold" in r else "")
-        lines.setdefault(f"{Path(r['checkpoint']).stem}: {kind}", []).append((r["seconds_32"][0] / 32, r["judge_nll"]))
-    for marker, (label, points) in zip(itertools.cycle("*osv^DPX<>"), lines.items()):
-        ax.plot(*zip(*sorted(points)), marker=marker, linewidth=0.8, label=label)
-    ax.axhline(rows[0]["judge_nll"], color="0.6", linestyle=":", label="held-out text")
-    ax.set(xscale="log", xlabel="seconds for a text, in batches of 32", ylabel="judge NLL, nats per token")
-    ax.legend(fontsize=7)
-    save_figure(fig, Path(o.out) / "bench.png")
-
-
-def show_corrections(o, model, tokenizer, device):
+def show_corrections(o, model, tokenizer):
     if model.b == 1:
-        raise UserError("--correct: an AR model sees nothing of what follows a token; name a diffusion model with "
-                        "--checkpoint, best one with b = L (distill.py --block 0)")
-    x = tokenizer.encode(o.correct, "--correct").to(device)
+        raise UserError("--correct: an AR model sees nothing of what follows a token; name a "
+                        "diffusion model with --checkpoint, best of b = L (distill.py --block 0)")
+    x = tokenizer.encode(o.correct, "--correct").to(o.device)
     if not 2 <= len(x) <= model.L:
         raise UserError(f"--correct: {len(x)} tokens; give 2 to {model.L}, the model's context")
     if model.b < model.L:
-        print(f"note: inside blocks of {model.b} the model sees nothing to the right of a block", file=sys.stderr)
-    before = x
-    for i, excess, after in dlm.correct(model, x, o.doubt):
-        print(f"{i:>4} {excess:>6.1f} nats  {tokenizer.decode(before[i:i + 1])!r} -> {tokenizer.decode(after[i:i + 1])!r}")
-        before = after
-    print(tokenizer.decode(before))
+        print(f"note: the model sees nothing to the right of blocks of {model.b}", file=sys.stderr)
+    for i, excess, corrected in correct(model, x, o.doubt):
+        old, new = tokenizer.decode([x[i]]), tokenizer.decode([corrected[i]])
+        print(f"{i:>4} {excess:>6.1f} nats  {old!r} -> {new!r}")
+        x = corrected
+    print(tokenizer.decode(x))
 
 
 def cells(tokens, before, given, tokenizer, V, stop=""):
-    """A text as (character, kind): given, hidden, new since the state `before`, or old; cut at `stop`; whether it was."""
-    kinds = ["given" if g else "hidden" if t == V else "new" if b == V else "old" for t, b, g in zip(tokens, before, given)]
-    out = []
+    """The state `tokens` (T,), which followed `before`: (character, kind) pairs, cut at `stop`."""
+    kinds = ["given" if is_given else "hidden" if token == V else "new" if earlier == V else "old"
+             for token, earlier, is_given in zip(tokens, before, given)]
+    text = []
     for kind, run in itertools.groupby(zip(kinds, tokens), key=lambda pair: pair[0]):
-        ids = [t for _, t in run]
-        out += [(c, kind) for c in (HIDDEN * len(ids) if kind == "hidden" else tokenizer.decode(ids))]
-    prompt = sum(1 for _ in itertools.takewhile(lambda cell: cell[1] == "given", out))
-    end = "".join(c for c, _ in out).find(stop, prompt) if stop else -1
-    ended = end >= 0 and all(kind != "hidden" for _, kind in out[:end])
-    return (out[:end] if ended else out), ended
+        ids = [token for _, token in run]  # decoded together: a character may take several tokens
+        text += [(c, kind) for c in (HIDDEN * len(ids) if ids[0] == V else tokenizer.decode(ids))]
+    written = "".join("\0" if kind == "given" else c for c, kind in text)
+    end = written.find(stop) if stop else -1
+    return text if end < 0 or (HIDDEN, "hidden") in text[:end] else text[:end]
 
 
 def wrap(text, width):
-    """Cells -> lines of at most `width` of them."""
+    """Cells -> lines of at most `width` of them; -1: of any length."""
     lines = [[]]
     for c, kind in text:
         if c == "\n" or len(lines[-1]) == width:
@@ -204,9 +144,18 @@ def wrap(text, width):
     return lines
 
 
-def coloured(line, colour):
-    runs = [(kind, "".join(c for c, _ in run)) for kind, run in itertools.groupby(line, key=lambda cell: cell[1])]
-    return "".join(f"{COLOURS[kind]}{text}\033[0m" if colour and COLOURS[kind] else text for kind, text in runs)
+def show(texts, height=0):
+    """Prints texts, given as cells, over the last `height` lines -> how many lines they take."""
+    terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if terminal else -1
+    colours = COLOURS if terminal and "NO_COLOR" not in os.environ else {}
+    lines = []
+    for number, text in enumerate(texts, 1):
+        lines.append(f"--- {number}")
+        for line in wrap(text, width):
+            lines.append("".join(colours.get(kind, "{}").format(c) for c, kind in line))
+    print((f"\033[{height}A\033[J" if height else "") + "\n".join(lines), flush=True)
+    return len(lines)
 
 
 def draw_gif(frames, path):
@@ -215,64 +164,165 @@ def draw_gif(frames, path):
     from PIL import Image, ImageDraw, ImageFont
     font = ImageFont.truetype(findfont("DejaVu Sans Mono"), 15)
     frames = [wrap(text, 72) for text in frames]
-    size = 9 * max(len(line) for f in frames for line in f) + 20, 20 * max(map(len, frames)) + 20
-    pictures = []
-    for frame in frames:
-        pictures.append(Image.new("RGB", size, "white"))
-        for y, line in enumerate(frame):
-            for x, (c, kind) in enumerate(line):
-                ImageDraw.Draw(pictures[-1]).text((10 + 9 * x, 10 + 20 * y), c, INKS[kind], font)
-    milliseconds = [120] * (len(pictures) - 1) + [2500]
-    dlm.replace_file(path, lambda f: pictures[0].save(f, "GIF", save_all=True, append_images=pictures[1:],
-                                                      duration=milliseconds, loop=0), "--gif")
+    size = (9 * 72 + 20, 20 * max(len(lines) for lines in frames) + 20)
+    pictures = [Image.new("RGB", size, "white") for _ in frames]
+    for picture, lines in zip(pictures, frames):
+        for row, line in enumerate(lines):
+            for column, (c, kind) in enumerate(line):
+                ImageDraw.Draw(picture).text((10 + 9 * column, 10 + 20 * row), c, INKS[kind], font)
+    replace_file(path, lambda f: pictures[0].save(f, "GIF", save_all=True, duration=120, loop=0,
+                 append_images=pictures[1:] + pictures[-1:] * 20), "--gif")  # the last one stays
 
 
-def main(argv=None):
-    o = dlm.parse(Options, argv, __doc__)
-    if o.threshold and o.order in NO_THRESHOLD:
-        raise UserError(f"--order {o.order}: says itself how many tokens a step reveals; with --threshold use left, "
-                        "random, confidence, margin or entropy")
-    device = dlm.pick_device(o.device)
+def write(o, model, tokenizer, z):
+    """Writes into z (B, T) and shows the texts."""
+    given = (z < model.V).tolist()
+    fixed = (tokenizer, model.V, o.stop)
+    torch.manual_seed(o.seed)
+    states = dlm.sample(model, z, o.steps, o.order, o.threshold,
+                        temperature=o.temperature, top_k=o.top_k, top_p=o.top_p)
+    height = 0
+    frames = []
+    for before, now in itertools.pairwise(states):
+        if torch.equal(now, before) or not (o.watch or o.gif or o.stop):
+            continue
+        texts = [cells(*row, *fixed) for row in zip(now.tolist(), before.tolist(), given)]
+        frames.append(texts[0])
+        if o.watch and sys.stdout.isatty():
+            height = show(texts, height)
+            time.sleep(0.08)
+        if all((HIDDEN, "hidden") not in text for text in texts):
+            break
+    texts = [cells(*row, *fixed) for row in zip(now.tolist(), now.tolist(), given)]
+    show(texts, height)
+    if o.gif:
+        draw_gif([*frames, texts[0]], o.gif)
+
+
+def passages(corpus, n=256):
+    """Held-out text, cut behind n of its words (of sums: results): list of strings."""
+    held_out = corpus.tokenizer.decode(corpus.parts["test"])
+    word = r"=\w+" if corpus.name == "arithmetic" else r"\w+"
+    ends = [match.end() for match in re.finditer(word, held_out)]
+    ends = ends[len(ends) // 10:]  # each has something before it
+    return [held_out[:end] for end in ends[::len(ends) // n + 1]]
+
+
+def last_word_accuracy(model, passages, tokenizer, temperature=0, **way):
+    """Share of passages whose last word the model finds behind the others, greedily.
+
+    It is told how many tokens the word has. After LAMBADA (1606.06031).
+    """
+    by_length = defaultdict(list)
+    for passage in passages:
+        word = re.search(r" ?\w+(?=\W*$)", passage)
+        known = tokenizer.encode(passage[:word.start()][-20 * model.L:], unknown="drop")
+        wanted = tokenizer.encode(word[0], unknown="drop")
+        x = torch.cat([known, wanted])[-model.L:]
+        z = torch.cat([known, torch.full_like(wanted, model.V)])[-model.L:]
+        by_length[len(x)].append(torch.stack([x, z]))
+    found = []
+    for pairs in by_length.values():
+        x, z = torch.stack(pairs, 1).to(model.embedding.weight.device)              # (B, T) each
+        written = dlm.generate(model, len(z), given=z, temperature=0, **way)
+        found += (written == x).all(1).tolist()
+    return sum(found) / max(1, len(found))
+
+
+def ways_to_write(o, b):
+    """The arguments of `dlm.sample` that --bench compares for a model with blocks of b tokens."""
+    if b == 1:
+        return [{}]
+    orders = [o.order] if o.order else dlm.ORDERS
+    steps = [o.steps] if o.steps else [2 ** k for k in range(b.bit_length())]
+    thresholds = [o.threshold] if o.threshold else [0.5, 0.7, 0.9]
+    by_steps = [{"order": order, "steps": N} for order in orders for N in steps]
+    by_threshold = [{"order": o.order or "left", "threshold": t} for t in thresholds]
+    if o.threshold:
+        return by_threshold
+    return by_steps if o.steps or o.order in OWN_PACE else by_steps + by_threshold
+
+
+def compare(entrants, judge, corpus, B, seed=0):
+    """Lets each (name, model, way) write B texts, and prints a table row by row -> its rows.
+
+    Rows say what the texts are like, what they cost, and hold the first four of them. The first row
+    is held-out text.
+    """
+    train_text = corpus.parts["train"]
+    held_out = consecutive(corpus.parts["test"], judge.L, B).to(judge.embedding.weight.device)
+    rows = [{"what": "held-out text", **dlm.judge_samples(judge, held_out, train_text)}]
+    print_rows(rows, header=f"{B} texts")
+    ends = passages(corpus)
+    for what, model, way in entrants:
+        with dlm.seeded(seed):
+            row, x = dlm.judge_sampling(model, B, judge, train_text, **way)
+        row["last_word"] = last_word_accuracy(model, ends, corpus.tokenizer, **way)
+        for size in (1, 32):
+            row[f"seconds_{size}"] = timed(lambda: dlm.generate(model, size, **way).cpu())
+        row["samples"] = [corpus.tokenizer.decode(text) for text in x[:4]]
+        rows.append({"what": what, **row})
+        print_rows(rows[-1:])
+    return rows
+
+
+def timed(act, repeats=3):
+    """Seconds of act(), ascending; the median is the one in the middle."""
+    act()                                                                # warms up
+    return sorted(timeit.repeat(act, number=1, repeat=repeats))
+
+
+def print_rows(rows, header=None):
+    if header:
+        print(f"\n{header:<42}" + "".join(f"{name:>10}" for name in COLUMNS))
+    for row in rows:
+        line = f"{row['what']:<42}"
+        for form in COLUMNS.values():
+            key = re.match(r"{(\w+)", form)[1]
+            line += f"{form.format(**row) if key in row else '':>10}"
+        print(line, flush=True)
+
+
+def bench(o):
+    """Each model by each order and number of steps: a table, and bench.json."""
+    judge, tokenizer, ckpt = load(o.judge, "--judge", o.device)
+    if judge.b != 1:
+        raise UserError(f"--judge {o.judge}: a diffusion model; name an AR one")
+    warping = {"temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p}
+    entrants = []
+    for path in o.bench.split(","):
+        model, its_tokenizer, _ = load(path, "--bench", o.device)
+        same_vocabulary(f"--bench {path}", its_tokenizer, model,
+                        f"--judge {o.judge}", tokenizer, judge)
+        for way in ways_to_write(o, model.b):
+            name = " ".join([Path(path).stem, *(f"{key} {value}" for key, value in way.items())])
+            entrants.append((name, model, {**way, **warping}))
+    corpus = load_corpus(ckpt["options"]["data"], tokenizer, judge.L)
+    rows = compare(entrants, judge, corpus, o.texts, o.seed)
+    write_json(f"{o.out}/bench.json", {"options": vars(o), "versions": versions(), "rows": rows})
+
+
+def main(argv):
+    o = parse(Options, argv, __doc__)
+    if o.threshold and o.order in OWN_PACE:
+        raise UserError(f"--order {o.order}: says itself how many tokens a step reveals; "
+                        "with --threshold use left, random, confidence or entropy")
+    o.device = pick_device(o.device)
     if o.bench:
-        return bench(o, device)
-    path = Path(o.checkpoint) if o.checkpoint else newest()
-    model, tokenizer, ckpt = dlm.load(path, "--checkpoint", device)
+        return bench(o)
+    runs = Path("runs").glob("*/checkpoint.pt")
+    path = Path(o.checkpoint or max(runs, key=os.path.getmtime, default=SHIPPED))
+    model, tokenizer, ckpt = load(path, "--checkpoint", o.device)
     o.order = o.order or ("left" if o.threshold else ckpt["options"].get("order", ""))
     if o.correct:
-        return show_corrections(o, model, tokenizer, device)
-    z = read_prompt(o, model, tokenizer).to(device).expand(o.number, -1)
-    kind = "AR" if model.b == 1 else f"diffusion, blocks of {model.b}"
-    print(f"{path} ({kind}), {device}, seed {o.seed}", file=sys.stderr)
-    if dlm.unseen(z, model):
-        print(f"note: tokens right of a gap's block are kept but not seen while it is written (b = {model.b}); a model "
-              "trained with --block 0 sees them", file=sys.stderr)
-    terminal, given, states, height = sys.stdout.isatty(), (z < model.V).tolist(), [z], 0
-    width, colour = shutil.get_terminal_size().columns, terminal and "NO_COLOR" not in os.environ
-
-    def texts(now, before):
-        return [cells(*row, tokenizer, model.V, o.stop) for row in zip(now.tolist(), before.tolist(), given)]
-
-    def lines(now, before):
-        for i, (text, _) in enumerate(texts(now, before)):
-            yield f"--- {i + 1}"
-            yield from (coloured(line, colour) for line in wrap(text, width if terminal else -1))
-
-    torch.manual_seed(o.seed)
-    for state in dlm.sample(model, z, o.steps, o.order, o.threshold, o.remask, **drawing(o)):
-        if torch.equal(state, states[-1]):
-            continue
-        if o.watch and terminal:
-            picture = list(lines(state, states[-1]))
-            print(f"\033[{height}A\033[J" * (height > 0) + "\n".join(picture), flush=True)
-            height = len(picture)
-            time.sleep(0.08)
-        states.append(state)
-        if o.stop and all(ended for _, ended in texts(state, state)):
-            break
-    print(f"\033[{height}A\033[J" * (height > 0) + "\n".join(lines(states[-1], states[-1])))
-    if o.gif:
-        draw_gif([texts(*both)[0][0] for both in zip(states[1:], states)] + [texts(states[-1], states[-1])[0][0]], o.gif)
+        return show_corrections(o, model, tokenizer)
+    z = read_prompt(o, model, tokenizer).to(o.device)
+    print(f"{path} (b = {model.b}), {o.device}, seed {o.seed}", file=sys.stderr)
+    if unseen(z, model):
+        print("note: tokens right of a gap's block are kept but not seen while it is written "
+              f"(b = {model.b}); a model trained with --block 0 sees them", file=sys.stderr)
+    write(o, model, tokenizer, z.expand(o.number, -1))
 
 
 if __name__ == "__main__":
-    dlm.run_script(main)
+    run_script(main)

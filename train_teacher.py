@@ -1,189 +1,811 @@
-"""Train a model from text: an autoregressive teacher (the default) or a plain masked-diffusion model.
+"""Train a model from text: an autoregressive teacher (the default) or a masked-diffusion model.
 
-    python train_teacher.py                        # 4 layers x 128, the Python docs in 512 byte pairs
-    python train_teacher.py --objective mdlm       # a denoiser from scratch, the baseline of every distillation
+    python train_teacher.py                    # 4 layers x 128, the Python docs in 512 byte pairs
+    python train_teacher.py --objective mdlm   # plain masked diffusion, the distillations' baseline
 
 Every run gets a folder under runs/ with checkpoint.pt, metrics.json and loss.png.
 """
+# What all scripts share comes first, the script itself last.
+import os
+import signal
+if __name__ == "__main__":  # torch takes a second to import: until run_script, Ctrl-C just ends it
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import argparse
+import contextlib
+import copy
 import dataclasses
+import hashlib
+import io
+import json
+import math
 import platform
+import random
+import re
 import sys
 import time
+import urllib.request
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
+import dlm  # before torch, for a setting that torch must find when it starts
+from dlm import UserError
+
+import tiktoken
 import torch
+from tqdm import tqdm
 
-import dlm
-from dlm import UserError, option
+# --------------------------------------------------------------------------------------------------
+# Text: corpora, tokenizers, windows
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+               "input.txt",
+               "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+CHUNK = 2000  # characters; whole chunks go to the training, validation or test part
+NOT_PROSE = re.compile(r"::=|\+[-=]{3}|\|  |>>>|^\s*[*=\-~^]{4,}\s*$", re.MULTILINE)
 
-TEST_REPEATS = 8  # states per held-out text when a bound is reported; the training curve uses one
+
+def docs():
+    """The language reference inside every CPython: 0.3 MB of English, one paragraph a line.
+
+    Tables, grammars and sessions go: small models collapse to their blanks. So does what shares
+    64 characters with an earlier paragraph: held-out text must not be trained on."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise UserError("--data docs: not in this Python (pydoc_data); give a text file") from None
+    text = "\n\n".join(topics[topic] for topic in sorted(topics))
+    kept = []
+    seen = set()
+    for paragraph in re.split(r"\n\s*\n", text):
+        line = " ".join(paragraph.split())
+        pieces = {line[i:i + 64] for i in range(max(1, len(line) - 63))}
+        if not NOT_PROSE.search(paragraph):
+            if len(line) >= 20 and pieces.isdisjoint(seen):
+                kept.append(line + "\n")
+            seen |= pieces
+    return kept
+
+
+def shakespeare():
+    """tinyshakespeare (1.1 MB) by lines: downloaded once, checked, kept in the cache folder."""
+    url, sha256 = SHAKESPEARE
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    path = cache / "dlm" / "tinyshakespeare.txt"
+    if not path.exists():
+        try:
+            data = urllib.request.urlopen(url, timeout=30).read()
+        except Exception as e:  # a connection can fail in many ways
+            raise UserError(f"--data shakespeare: no network ({e!r}); put the file at {path}, "
+                            "or use --data docs") from None
+        replace_file(path, lambda f: f.write(data), "--data shakespeare")
+    data = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"--data shakespeare: wrong checksum of {path}; delete it and run again")
+    return data.decode().splitlines(keepends=True)
+
+
+def arithmetic():
+    """Sums of two numbers below 100, such as `07+85=092`: each pair once, in either order."""
+    chance = random.Random(0)
+    pairs = [chance.sample((i, j), 2) for i in range(100) for j in range(i, 100)]
+    return [f"{a:02d}+{b:02d}={a + b:03d}\n" for a, b in pairs]
+
+
+CORPORA = {"docs": docs, "shakespeare": shakespeare, "arithmetic": arithmetic}
+
+
+def read_lines(path):
+    """A file by lines. Long ones count once: held-out text must not stand in the training part."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"--data {path}: cannot be read, or is not UTF-8 text; "
+                        f"give a text file or one of {', '.join(CORPORA)}") from None
+    kept = {line if len(line) >= 64 else i: line for i, line in enumerate(lines)}
+    if len(kept) < len(lines):
+        print(f"note: --data {path} repeats {len(lines) - len(kept)} paragraphs; they are left out")
+    return kept.values()
+
+
+def cut_chunks(lines):
+    """Cuts a text at the first line end after each CHUNK characters, and long lines inside too."""
+    chunks = []
+    rest = ""
+    for line in lines:
+        rest += line
+        if len(rest) >= CHUNK:
+            *starts, last = range(0, len(rest) - CHUNK + 1, CHUNK)
+            chunks += [rest[i:i + CHUNK] for i in starts] + [rest[last:]]
+            rest = ""
+    return chunks + [rest] if rest else chunks
+
+
+def split_corpus(name):
+    """A corpus or a text file -> {"test", "train", "val": text}, 5 : 90 : 5, always the same."""
+    lines = CORPORA[name]() if name in CORPORA else read_lines(name)
+    chunks = lines if name == "arithmetic" else cut_chunks(lines)
+    if len(chunks) < 3:
+        raise UserError(f"--data {name}: too short; {6 * CHUNK} or more characters are enough")
+    random.Random(0).shuffle(chunks)
+    n = max(1, len(chunks) // 20)
+    parts = {"test": chunks[n:2 * n], "train": chunks[2 * n:], "val": chunks[:n]}
+    return {part: "".join(its_chunks) for part, its_chunks in parts.items()}
+
+
+WORDS = r" ?\w+| ?[^\s\w]+|\s+"  # how BPE cuts text before it merges: no token spans two words
+
+
+def train_bpe(text, V):
+    """Makes the most frequent pair of tokens a new token until there are V -> list of V `bytes`."""
+    tokens = [bytes([i]) for i in range(256)]
+    counts = Counter(re.findall(WORDS, text))
+    # Each word once, with its count, and in it one character for each token.
+    words = {word.encode().decode("latin-1"): n for word, n in counts.items()}
+    pairs = Counter()
+
+    def count(word, n):
+        for a, b in zip(word, word[1:]):
+            pairs[a + b] += n
+
+    def spelled(pair):
+        return [tokens[ord(c)] for c in pair]
+
+    for word, n in words.items():
+        count(word, n)
+    while len(tokens) < V and pairs:
+        most = max(pairs.values())
+        best = max((pair for pair in pairs if pairs[pair] == most), key=spelled)
+        merged = chr(len(tokens))
+        tokens.append(b"".join(spelled(best)))
+        for word in [word for word in words if best in word]:
+            n = words.pop(word)
+            count(word, -n)
+            word = word.replace(best, merged)
+            count(word, n)
+            words[word] = n
+        pairs = +pairs  # drops what fell to zero
+    return tokens
+
+
+class Tokenizer:
+    """Text to ids and back. `pieces`: the characters of `char`, the byte strings of `bpe`."""
+
+    def __init__(self, kind, pieces=()):
+        self.kind = kind
+        self.pieces = list(pieces)
+        self.V = len(self.pieces)
+        if kind == "char":
+            self.ids = {c: i for i, c in enumerate(self.pieces)}
+        elif kind == "bpe":
+            ranks = {p.encode("latin-1"): i for i, p in enumerate(self.pieces)}
+            self.bpe = tiktoken.Encoding("dlm", pat_str=WORDS, mergeable_ranks=ranks,
+                                         special_tokens={})
+        elif kind == "gpt2":
+            try:
+                self.bpe = tiktoken.get_encoding("gpt2")
+            except Exception as e:  # tiktoken does not promise which errors a download raises
+                raise UserError(f"--tokenizer gpt2: cannot be fetched ({type(e).__name__}); "
+                                "set TIKTOKEN_CACHE_DIR, or use --tokenizer bpe") from None
+            self.V = self.bpe.n_vocab
+        else:
+            raise UserError(f"--tokenizer {kind}: unknown; use char, bpe, bpe:SIZE or gpt2")
+
+    @staticmethod
+    def train(spec, text):
+        """spec: `char`, `bpe` (1024 tokens), `bpe:SIZE` or `gpt2`; text: the training part."""
+        kind, _, size = spec.partition(":")
+        if kind != "bpe":
+            return Tokenizer(spec, sorted(set(text)) if spec == "char" else ())
+        if size and not (size.isdecimal() and int(size) >= 256):
+            raise UserError(f"--tokenizer {spec}: the size is a number from 256 up")
+        return Tokenizer(kind, [t.decode("latin-1") for t in train_bpe(text, int(size or 1024))])
+
+    def encode(self, text, option="--data", unknown=None):
+        """-> ids (n,). What a `char` vocabulary lacks is an error naming `option`, or "drop"ped."""
+        if self.kind != "char":
+            return torch.LongTensor(self.bpe.encode_ordinary(text))
+        bad = " ".join(map(repr, sorted(set(text) - self.ids.keys())[:5]))
+        if bad and unknown != "drop":
+            raise UserError(f"{option}: the model's vocabulary has no {bad}; leave it out")
+        return torch.LongTensor([self.ids[c] for c in text if c in self.ids])
+
+    def decode(self, ids):
+        ids = torch.as_tensor(ids).tolist()
+        return self.bpe.decode(ids) if self.kind != "char" else "".join(self.pieces[i] for i in ids)
+
+    def state(self):
+        return {"kind": self.kind, "pieces": self.pieces}
 
 
 @dataclass
-class Options:
-    objective: str = option("ar", "ar: causal, p(x_i|x_<i); mdlm: masked diffusion", choices=("ar", "mdlm"))
-    data: str = option("docs", "docs, shakespeare, arithmetic, or the path of a text file")
-    tokenizer: str = option("bpe:512", "char, bpe (1024 tokens), bpe:SIZE or gpt2")
-    context: int = option(64, "context length in tokens", at_least=2)
-    block: int = option(0, "block length of mdlm; 0 is the whole context", at_least=0)
-    n_layer: int = option(4, "layers", at_least=1)
-    n_head: int = option(4, "attention heads", at_least=1)
-    n_embd: int = option(128, "width", at_least=2)
-    dropout: float = option(0.0, "dropout", at_least=0)
-    steps: int = option(500, "optimiser steps", at_least=1)
-    batch_size: int = option(32, "texts a step", at_least=1)
-    lr: float = option(0.02, "learning rate of Muon; AdamW's, for embedding and head, is 0.15 of it", at_least=0)
-    seed: int = option(0, "seed of weights, batches and masks", at_least=0)
-    out: str = option("", "folder of the run; empty: runs/ and a name made of the options")
-    device: str = option("auto", "auto, cuda, mps or cpu")
-    resume: str = option("", "folder of an interrupted run to go on with, with the options it was started with")
-    overwrite: bool = option(False, "replace the run that is in the folder")
+class Corpus:
+    name: str
+    tokenizer: Tokenizer
+    parts: dict             # "train", "val", "test" -> ids (n,)
+    sha256: str             # of the whole text: `docs` differs between Python versions
+    chars_per_token: float  # of the test part; nats per character = nats per token / this
 
 
-def run_name(o, what, block=""):
-    """Such as ar-docs-bpe512-s0 or tcs-docs-bpe512-b4-s0."""
-    return f"{what}-{Path(o.data).stem[:40]}-{o.tokenizer.replace(':', '')}{block}-s{o.seed}"
+def load_corpus(name, tokenizer, L):
+    """Reads a corpus with a Tokenizer, or a new one of this kind. A part needs L + 1 tokens."""
+    texts = split_corpus(name)
+    if isinstance(tokenizer, str):
+        tokenizer = Tokenizer.train(tokenizer, texts["train"])
+    parts = {part: tokenizer.encode(text, unknown="drop") for part, text in texts.items()}
+    least = min(map(len, parts.values()))
+    if least <= L:
+        raise UserError(f"--data {name}: too short, a part has {least} tokens and --context is {L}")
+    lost = sum(map(len, texts.values())) - sum(map(len, parts.values()))
+    if tokenizer.kind == "char" and lost:
+        print(f"note: --data {name}: {lost} characters are not in the vocabulary and left out")
+    sha256 = hashlib.sha256("\0".join(texts.values()).encode()).hexdigest()
+    return Corpus(name, tokenizer, parts, sha256, len(texts["test"]) / len(parts["test"]))
 
 
-def folder_of(o, name):
-    """The run's folder; refuses one that holds a run already, unless asked."""
-    folder = Path(o.out or f"runs/{name}")
+def windows(ids, B, L):
+    """B random windows of L tokens: (B, L)."""
+    start = torch.randint(len(ids) - L + 1, (B,), device=ids.device)
+    return ids.unfold(0, L, 1)[start]
+
+
+def consecutive(ids, L, limit=None):
+    """The text cut into consecutive windows: (n, L), n at most `limit`."""
+    return ids[:len(ids) // L * L].view(-1, L)[:limit]
+
+
+# --------------------------------------------------------------------------------------------------
+# The optimiser: Muon (kellerjordan.github.io/posts/muon)
+
+def orthogonalise(G, steps=5):
+    """Newton-Schulz: G (n, r, c) -> nearly U V^T of its singular value decomposition, (n, r, c).
+
+    Muon's quintic, on the smaller Gram matrix in float32: on a CPU some 25 times faster than
+    torch.optim.Muon, which works in bfloat16."""
+    wide = G.size(1) <= G.size(2)
+    A = G @ G.mT if wide else G.mT @ G
+    size = A.diagonal(dim1=1, dim2=2).sum(-1)[:, None, None] + 1e-14  # no eigenvalue is larger
+    A = A / size
+    eye = torch.eye(A.size(1), device=G.device)
+    Q = eye
+    for _ in range(steps):
+        P = 3.4445 * eye - 4.7750 * A + 2.0315 * A @ A
+        Q = Q @ P
+        A = P @ A @ P
+    Q = Q / size.sqrt()
+    return Q @ G if wide else G @ Q
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose updates are orthogonalised and scaled to AdamW's usual size. For matrices."""
+
+    MOMENTUM = 0.95
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        alike = defaultdict(list)  # matrices of one shape are orthogonalised together
+        for p in group["params"]:
+            mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+            mean.lerp_(p.grad, 1 - self.MOMENTUM)
+            alike[p.shape].append((p, p.grad.lerp(mean, self.MOMENTUM)))
+        for shape, pairs in alike.items():
+            params, gradients = zip(*pairs)
+            for p, update in zip(params, orthogonalise(torch.stack(gradients))):
+                p.add_(update, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
+
+
+# --------------------------------------------------------------------------------------------------
+# The training loop
+
+class Trainer:
+    """The one loop, and all that a resumed run needs to equal an uninterrupted one."""
+
+    ADAM = 0.15  # AdamW's learning rate, for embedding and head, as a share of Muon's
+    EMA = 0.99   # evaluation and later teachers use averaged weights
+    PLAIN = ("done", "seconds", "loss_sum", "history", "best")  # attributes kept as they are
+
+    def __init__(self, model, updates, lr):
+        self.model = model
+        self.updates = updates
+        self.done = 0
+        self.seconds = 0.0
+        self.loss_sum = 0.0  # since the last line of the history
+        self.history = []    # lines [updates done, seconds, training loss, validation]
+        self.best = None     # the averaged weights that did best on validation
+        self.ema = copy.deepcopy(model.state_dict())
+        ends = [model.embedding.weight, model.head.weight]
+        adam = torch.optim.AdamW(ends, lr * self.ADAM, betas=(0.9, 0.95), weight_decay=0.0,
+                                 fused=ends[0].device.type in ("cpu", "cuda"))
+        self.optimizers = [Muon(model.layers.parameters(), lr), adam]
+
+    def state(self):
+        return {**{name: getattr(self, name) for name in self.PLAIN},
+                "model": self.model.state_dict(), "ema": self.ema,
+                "optimizers": [o.state_dict() for o in self.optimizers],
+                "random": [g.get_rng_state() for g in dlm.generators()]}
+
+    def load(self, state):
+        for name in self.PLAIN:
+            setattr(self, name, state[name])
+        self.model.load_state_dict(state["model"])
+        for name, w in self.ema.items():
+            w.copy_(state["ema"][name])  # it was read to the CPU, the model may be elsewhere
+        for optimizer, its_state in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(its_state)
+        dlm.set_random_state(state["random"])
+
+    def averaged(self, weights=None):
+        """A copy of the model with these weights, or with the averaged ones that did best."""
+        model = dlm.Transformer(self.model.c).to(self.model.embedding.weight.device)
+        model.load_state_dict(weights or self.best or self.ema)
+        return model.eval()
+
+    def update(self, batch_loss):
+        """One update of the weights -> the batch's loss.
+
+        The rate rises over a tenth of the updates (at most 100) and falls over the last 60%."""
+        warmup = min(100, self.updates / 10)
+        left = (self.updates - self.done) / self.updates
+        share = min(1, (self.done + 1) / warmup, left / 0.6)
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * share
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.model.embedding.weight.is_cuda):
+            loss = batch_loss()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        decay = min(self.EMA, (1 + self.done) / (10 + self.done))
+        for name, w in self.model.state_dict().items():
+            self.ema[name].lerp_(w, 1 - decay)
+        self.done += 1
+        self.loss_sum += loss.detach()
+        return loss.detach()
+
+    def record(self, validation):
+        """Adds a line to the history, and keeps the weights if none before did as well."""
+        if all(validation < line[3] for line in self.history):
+            self.best = copy.deepcopy(self.ema)
+        since = self.done - (self.history[-1][0] if self.history else 0)
+        loss = float(self.loss_sum) / since
+        if not math.isfinite(loss + validation):
+            raise UserError(f"--lr: the loss is no number any more after {self.done} updates; the "
+                            "last checkpoint is from before; start anew with a lower rate")
+        self.history.append([self.done, self.seconds, loss, validation])
+        self.loss_sum = 0.0
+
+    def fit(self, batch_loss, validate, save):
+        """Trains to the last update. batch_loss() draws a batch and returns its loss.
+
+        The weights that are kept have the least validate(model). save() is called after each of ten
+        validations, and on Ctrl-C, which is honoured between two updates."""
+        every = max(1, self.updates // 10)
+        interrupted = []
+        before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+        bar = tqdm(total=self.updates, initial=self.done, unit="update", disable=None)
+        validation = "-"  # none yet
+        begun = self.done
+        seconds_before = self.seconds
+        start = time.time() - self.seconds
+        self.model.train()
+        try:
+            while self.done < self.updates:
+                loss = self.update(batch_loss)
+                self.seconds = time.time() - start
+                if self.done == begun + 5:
+                    each = (self.seconds - seconds_before) / 5
+                    tqdm.write(f"about {each * (self.updates - self.done) / 60:.1f} minutes")
+                validated = self.done % every == 0 or self.done == self.updates
+                if validated:
+                    validation = validate(self.averaged(self.ema))
+                    self.record(validation)
+                if self.done % 10 == 0:
+                    bar.set_postfix(loss=loss.item(), validation=validation, refresh=False)
+                bar.update()
+                if validated or interrupted:
+                    save()
+                if interrupted:
+                    raise KeyboardInterrupt
+        finally:
+            bar.close()
+            signal.signal(signal.SIGINT, before)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints and files
+
+FORMAT = "dlm checkpoint 1"
+
+
+def replace_file(path, write, option="--out"):
+    """Writes a file whole or not at all: write(f) fills another, which then takes its place."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another run may write here too
     try:
-        taken = (folder / "checkpoint.pt").exists()
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError(0, "it is no ordinary file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
     except OSError as e:
-        raise UserError(f"--out {folder}: cannot be used ({e.strerror}); name another folder") from None
-    if taken and not (o.overwrite or o.resume):
-        raise UserError(f"--out {folder}: holds a run already; --resume {folder} goes on with it, --overwrite replaces "
-                        "it, or name another folder")
-    return folder
+        raise UserError(f"{option}: cannot write {path} ({e.strerror}); "
+                        "free some space or name another folder") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
-def resumed(o, argv):
-    """With --resume: the options the run was started with, its folder as `out`, and its checkpoint. Else o, None."""
-    if not o.resume:
-        return o, None
-    given = [a for a in argv if a.startswith("--") and a.split("=")[0] not in ("--resume", "--device")]
-    if given:
-        raise UserError(f"{given[0]}: with --resume a run keeps the options it was started with; leave this one out")
-    ckpt = dlm.load(o.resume, "--resume")[2]
-    folder = o.resume if Path(o.resume).is_dir() else str(Path(o.resume).parent)
-    if "random" not in (ckpt["trainer"] or ()) or set(ckpt["options"]) != {f.name for f in dataclasses.fields(o)}:
-        raise UserError(f"--resume {o.resume}: not a training run of this script")
-    return type(o)(**{**ckpt["options"], "out": folder, "resume": folder, "device": o.device}), ckpt
+def write_json(path, data):
+    replace_file(path, lambda f: f.write(json.dumps(data, indent=1).encode()))
 
 
-def fit(o, folder, model, text, batch_loss, lr, ckpt, name, validate=None):
-    """Trains `model` into `folder` -> the Trainer. batch_loss(student, share of the steps done) draws a batch and returns
-    its loss; validate(model) chooses the weights to keep: by the bound on validation text, unless another is given."""
+def save(path, model, tokenizer, options, trainer=None, corpus=None):
+    """A checkpoint that needs nothing else; with a Trainer its best weights and all its state.
+
+    corpus: the hash of the text that the model learned from."""
+    weights = trainer.best or trainer.ema if trainer else model.state_dict()
+    ckpt = {"format": FORMAT, "config": dataclasses.asdict(model.c), "tokenizer": tokenizer.state(),
+            "weights": weights, "options": options, "corpus": corpus,
+            "trainer": trainer and trainer.state()}
+    buffer = io.BytesIO()  # torch.save would hide that a disk is full
+    torch.save(ckpt, buffer)
+    replace_file(path, lambda f: f.write(buffer.getbuffer()))
+
+
+def count_weights(c):
+    return (2 * c.V + 1) * c.n_embd + 12 * c.n_layer * c.n_embd ** 2
+
+
+def new_model(c):
+    """A Transformer. What no memory can hold is refused before any is taken."""
+    size = 24 * (count_weights(c) + c.L * c.n_embd)  # weights, gradients, averages, momenta
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        torch.empty(min(size, 2 ** 62), dtype=torch.uint8)
+    except RuntimeError:
+        raise UserError(f"--n_embd {c.n_embd}: training {c.n_layer} layers of this width takes "
+                        f"{size / 1e9:.0f} GB of memory; lower --n_embd or --n_layer") from None
+    return dlm.Transformer(c)
+
+
+def load(path, option, device="cpu"):
+    """A file or a run's folder -> the model in eval mode, its tokenizer, the whole checkpoint."""
+    path = Path(path)
+    try:
+        path = path / "checkpoint.pt" if path.is_dir() else path
+        data = io.BytesIO(path.read_bytes())
+        ckpt = torch.load(data, map_location=device, weights_only=True)  # runs no code in the file
+        if not isinstance(ckpt, dict):
+            raise ValueError
+        c = dlm.Config(**ckpt["config"])
+        tokenizer = Tokenizer(**ckpt["tokenizer"])
+        # Sizes first: the model could be too large to be made. NaN counts as a missing weight.
+        found = sum(int(w.isfinite().sum()) for w in ckpt["weights"].values())
+        if (ckpt["format"], tokenizer.V, found) != (FORMAT, c.V, count_weights(c)):
+            raise ValueError
+        options_of(ckpt)  # fails where there are none
+        model = new_model(c).to(device).eval()
+        model.load_state_dict(ckpt["weights"])
+        model(*torch.zeros(2, 1, c.L, dtype=torch.long, device=device))
     except OSError as e:
-        raise UserError(f"--out {folder}: cannot be made ({e.strerror}); name another folder") from None
-    device = model.embedding.weight.device
-    student = torch.compile(model) if device.type == "cuda" else model
-    trainer = dlm.Trainer(model, o.steps, lr)
-    torch.manual_seed(o.seed)   # here too: what was trained before in this process must not matter
-    if ckpt:
-        trainer.load(ckpt["trainer"])
-    val = dlm.consecutive(text.parts["val"], model.L, 256).to(device)
-    validate = validate or (lambda model: dlm.bound(model, val)[0])
-
-    def save():
-        dlm.save(folder / "checkpoint.pt", model, text.tokenizer, dataclasses.asdict(o), trainer,
-                 trainer.best or trainer.ema, text.sha256)
-
-    n = sum(p.numel() for p in model.parameters())
-    kind = "AR, b = 1" if model.b == 1 else f"diffusion, b = {model.b}"
-    print(f"{name}: {n / 1e6:.2f} M parameters ({kind}), {o.steps - trainer.step} steps of {o.batch_size} x {model.L} "
-          f"tokens of {o.data} on {device.type}, into {folder}", flush=True)
-    trainer.fit(lambda: batch_loss(student, trainer.step / trainer.steps), validate, save, name)
-    return trainer
+        raise UserError(f"{option} {path}: there is no such checkpoint ({e.strerror}); "
+                        "train one with train_teacher.py or distill.py") from None
+    except UserError as e:
+        raise UserError(f"{option} {path}: {e}") from None
+    except Exception:  # a broken file can fail in many ways
+        raise UserError(f"{option} {path}: corrupt, or not a checkpoint of this program; "
+                        "delete it or name another") from None
+    return model, tokenizer, ckpt
 
 
-def report(o, folder, trainer, model, text, **more):
-    """Test bound, metrics.json and loss.png; `more` goes into the metrics."""
-    device = model.embedding.weight.device
-    held = dlm.consecutive(text.parts["test"], model.L).to(device)
-    test, se = dlm.bound(model, held, 1 if model.b == 1 else TEST_REPEATS)
-    metrics = {"options": dataclasses.asdict(o), "block": model.b, "parameters": sum(p.numel() for p in model.parameters()),
-               "corpus": {"name": text.name, "sha256": text.sha256, "chars_per_token": text.chars_per_token},
-               "versions": {**dlm.versions(), "machine": platform.machine()}, "device": device.type,
-               "train_seconds": trainer.seconds, "train_tokens": trainer.step * o.batch_size * model.L,
-               "history": trainer.history, "test_nats_per_token": test, "test_se": se,
-               "test_nats_per_char": test / text.chars_per_token, **more}
-    dlm.write_json(folder / "metrics.json", metrics)
-    step, seconds, train, val = zip(*trainer.history)
-    fig, ax = plt.subplots(figsize=(5, 3.2))
-    ax.plot(step, train, "k--", label="training loss")
-    ax.plot(step, val, "k-", label="validation " + ("NLL" if model.b == 1 else "bound"))
-    ax.set(xlabel="step", ylabel="nats per token", title=folder.name)
-    ax.legend()
-    save_figure(fig, folder / "loss.png")
-    what = "negative log-likelihood" if model.b == 1 else "bound on the negative log-likelihood"
-    print(f"test {what}: {test:.3f} ± {se:.3f} nats per token, {test / text.chars_per_token:.3f} per character; "
-          f"trained in {trainer.seconds:.0f} s", flush=True)
-    return metrics
+def same_text(folder, ckpt, corpus):
+    """Refuses a model of another version of the text, which may have seen what is held out now."""
+    if ckpt.get("corpus", corpus.sha256) != corpus.sha256:
+        raise UserError(f"--data {corpus.name}: is not the text that {folder} learned from; "
+                        "rename it, or delete that folder to train anew")
+
+
+def same_vocabulary(name, tokenizer, model, with_name, with_tokenizer, with_model):
+    """Refuses models that do not read the same tokens, or not as many."""
+    if (tokenizer.state(), model.L) != (with_tokenizer.state(), with_model.L):
+        raise UserError(f"{name}: its vocabulary or context is not that of {with_name}; "
+                        "use models trained with the same --data, --tokenizer and --context")
+
+
+def versions():
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "threads": torch.get_num_threads(), "machine": platform.machine()}
+
+
+def subplots(columns, size):
+    """An empty figure and its axes. matplotlib is slow to import, so only who draws imports it."""
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=size)
+    return fig, fig.subplots(1, columns)
 
 
 def save_figure(fig, path):
     fig.tight_layout()
-    dlm.replace_file(path, lambda f: fig.savefig(f, format="png", dpi=150))
-    plt.close(fig)
+    replace_file(path, lambda f: fig.savefig(f, format="png", dpi=150))
+
+
+# --------------------------------------------------------------------------------------------------
+# Command lines
+
+def option(default, help, choices=None, at_least=0, at_most=2 ** 63 - 1):
+    """A field of a script's options: the command line and --help are made of these."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices,
+                                                        "range": (at_least, at_most)})
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def parse(cls, argv, doc=None):
+    """The command line -> an instance of cls, a dataclass of options."""
+    parser = Parser(description=doc, allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for f in dataclasses.fields(cls):
+        how = {"type": type(f.default), "choices": f.metadata["choices"]}
+        if f.default is False:
+            how = {"action": "store_true"}
+        parser.add_argument("--" + f.name, default=f.default, help=f.metadata["help"], **how)
+    for argument in argv:
+        if argument.endswith("=--") and argument.count("=") == 1:  # some versions of Python fail
+            raise UserError(f"{argument}: -- alone cannot be a value; give something else")
+    o = cls(**vars(parser.parse_args(argv)))
+    for f in dataclasses.fields(cls):
+        value = getattr(o, f.name)
+        low, high = f.metadata["range"]
+        if type(value) is not str and not low <= value <= high:  # nan is refused too
+            limit = f"at most {high}" if value > high else f"{low} or more"
+            raise UserError(f"--{f.name} {value}: must be {limit}")
+    return o
+
+
+def pick_device(name):
+    """auto takes CUDA, then Apple's MPS, then the CPU."""
+    have = ["cuda"] * torch.cuda.is_available()
+    have += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name not in ("auto", *have):
+        raise UserError(f"--device {name}: not to be had here; use {', '.join(have)} or auto")
+    return have[0] if name == "auto" else name
+
+
+class Output:
+    """stdout or stderr. When its reader is gone or its disk is full, the work goes on without."""
+
+    broken = False
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull)  # was closed: it cannot be written to either
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows ?
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            self.broken = True
+
+    def flush(self):
+        """Nothing is left to do."""
+
+
+def run_script(main, argv=None):
+    """Runs main(argv) -> exit code 2 and a line: to be mended; 130: Ctrl-C; 1: lost output."""
+    sys.stdout = Output(sys.stdout)
+    sys.stderr = Output(sys.stderr)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = 2
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+        code = int(sys.stdout.broken)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+    except (MemoryError, RuntimeError) as e:
+        if not re.search("^$|of memory|allocate memory|overflow", str(e)):
+            raise
+        print("error: out of memory; lower --batch_size, --number or --length", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+# --------------------------------------------------------------------------------------------------
+# The script: train by the options into a folder, and report
+
+TEST_REPEATS = 8  # states for each held-out text in a reported bound; the training curve uses one
+
+
+@dataclass
+class RunOptions:
+    """What every training run has."""
+    data: str = option("docs", "docs, shakespeare, arithmetic, or the path of a text file")
+    tokenizer: str = option("bpe:512", "char, bpe (1024 tokens), bpe:SIZE or gpt2")
+    seed: int = option(0, "seed of weights, batches and masks")
+    out: str = option("", "folder of the run; empty: runs/ and a name made of the options")
+    device: str = option("auto", "auto, cuda, mps or cpu")
+    resume: str = option("", "folder of an interrupted run to go on with, by its own options")
+    overwrite: bool = option(False, "replace the run that is in the folder")
+
+
+@dataclass
+class Options(RunOptions):
+    objective: str = option("ar", "ar: causal, p(x_i|x_<i); mdlm: masked diffusion", ("ar", "mdlm"))
+    context: int = option(64, "context length in tokens", at_least=2)
+    block: int = option(0, "block length of mdlm; 0 is the whole context")
+    n_layer: int = option(4, "layers", at_least=1)
+    n_head: int = option(4, "attention heads", at_least=1)
+    n_embd: int = option(128, "width", at_least=2)
+    dropout: float = option(0.0, "dropout")
+    updates: int = option(500, "updates of the weights", at_least=1)
+    batch_size: int = option(32, "texts an update", at_least=1)
+    lr: float = option(0.02, "Muon's learning rate; AdamW's is 0.15 of it")
+
+
+def options_of(ckpt):
+    """The Options in a checkpoint, without those not known here; older ones count in "steps"."""
+    stored = {"updates": ckpt["options"].get("steps"), **ckpt["options"]}
+    return Options(**{name: stored[name] for name in vars(Options()) if name in stored})
+
+
+def run_name(o, what, block=""):
+    """Such as ar-docs-bpe512-s0 or tcs-docs-bpe512-b4-s0."""
+    tokenizer = o.tokenizer.replace(":", "")
+    return f"{what}-{Path(o.data).stem[:40]}-{tokenizer}{block}-s{o.seed}"
+
+
+def folder_of(o, name):
+    """The run's folder; refuses one that holds a run, unless asked to replace it or to go on."""
+    folder = Path(o.out or f"runs/{name}")
+    if os.path.exists(folder / "checkpoint.pt") and not (o.overwrite or o.resume):
+        raise UserError(f"--out {folder}: holds a run already; --resume {folder} goes on with it, "
+                        "--overwrite replaces it, or name another folder")
+    return folder
+
+
+def resumed(o, argv):
+    """With --resume: the options that run was started with, and its checkpoint. Else o and None."""
+    if not o.resume:
+        return o, None
+    given = {a.split("=")[0] for a in argv if a.startswith("--")} - {"--resume", "--device"}
+    if given:
+        raise UserError(f"{min(given)}: a resumed run keeps its own options; leave this one out")
+    model, _, ckpt = load(o.resume, "--resume")
+    path = Path(o.resume)
+    folder = str(path if path.is_dir() else path.parent)
+    try:
+        Trainer(model, 1, 0.0).load(ckpt["trainer"])
+        kept = type(o)(**ckpt["options"])
+    except Exception:  # of another script or version, or broken
+        raise UserError(f"--resume {path}: not a run of this script and its version") from None
+    return dataclasses.replace(kept, out=folder, resume=folder, device=o.device), ckpt
+
+
+def fit(o, folder, model, corpus, batch_loss, ckpt=None, validate=None):
+    """Trains `model` into `folder`, or goes on from a checkpoint -> the Trainer.
+
+    batch_loss(student) draws a batch and returns its loss. The weights that are kept have the least
+    validate(model): the bound on validation text, unless another is given."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out {folder}: cannot be made ({e.strerror}); name another") from None
+    device = model.embedding.weight.device
+    student = torch.compile(model) if device.type == "cuda" else model
+    trainer = Trainer(model, o.updates, o.lr)
+    torch.manual_seed(o.seed)  # here too: what was trained before in this process must not matter
+    if ckpt:
+        trainer.load(ckpt["trainer"])
+    val = consecutive(corpus.parts["val"], model.L, 256).to(device)
+    validate = validate or (lambda model: dlm.bound(model, val)[0])
+
+    def save_run():
+        save(folder / "checkpoint.pt", model, corpus.tokenizer, vars(o), trainer, corpus.sha256)
+
+    print(f"{folder}: {count_weights(model.c) / 1e6:.2f} M parameters, b = {model.b}, "
+          f"on {device.type}; {o.updates - trainer.done} updates of "
+          f"{o.batch_size} x {model.L} tokens of {o.data}")
+    trainer.fit(lambda: batch_loss(student), validate, save_run)
+    return trainer
+
+
+def report(o, folder, trainer, model, corpus, **more):
+    """The bound on the test part, metrics.json and loss.png; `more` goes into the metrics."""
+    device = model.embedding.weight.device
+    held = consecutive(corpus.parts["test"], model.L).to(device)
+    repeats = 1 if model.b == 1 else TEST_REPEATS
+    in_a_chunk = round(CHUNK / corpus.chars_per_token / model.L)      # such windows are alike
+    test, se = dlm.bound(model, held, repeats, neighbours=max(1, in_a_chunk))
+    per_char = test / corpus.chars_per_token
+    metrics = {"options": vars(o), "block": model.b, "device": device.type, "versions": versions(),
+               "parameters": count_weights(model.c),
+               "corpus": {"name": corpus.name, "sha256": corpus.sha256,
+                          "chars_per_token": corpus.chars_per_token},
+               "train_tokens": trainer.done * o.batch_size * model.L,
+               "train_seconds": trainer.seconds, "history": trainer.history,
+               "test_nats_per_token": test, "test_se": se, "test_nats_per_char": per_char, **more}
+    write_json(folder / "metrics.json", metrics)
+    kind = "NLL" if model.b == 1 else "bound on the NLL"
+    draw_history(trainer.history, kind, folder)
+    print(f"test, {kind}: {test:.3f} ± {se:.3f} nats per token, {per_char:.3f} per character; "
+          f"trained in {trainer.seconds:.0f} s")
+
+
+def draw_history(history, kind, folder):
+    updates, _, losses, validations = zip(*history)
+    fig, ax = subplots(1, (5, 3.2))
+    ax.plot(updates, losses, "k--", updates, validations, "k-")
+    ax.legend(["training loss", f"validation, {kind}"])
+    ax.set(xlabel="updates", ylabel="nats per token")
+    ax.set_title(folder.name.encode(errors="replace").decode(), parse_math=False)
+    save_figure(fig, folder / "loss.png")
 
 
 def train(o, ckpt=None):
-    """Trains by the options -> the run's folder."""
+    """Trains by the options, or goes on from a checkpoint -> the run's folder."""
     folder = folder_of(o, run_name(o, o.objective))
-    device = dlm.pick_device(o.device)
-    text = dlm.load_text(o.data, dlm.Tokenizer(**ckpt["tokenizer"]) if ckpt else o.tokenizer, o.context)
+    device = pick_device(o.device)
+    corpus = load_corpus(o.data, o.tokenizer, o.context)
     if ckpt:
-        dlm.same_text(folder, ckpt, text)
-    b = 1 if o.objective == "ar" else o.block or o.context
-    if (o.objective == "ar") != (b == 1) or (o.objective == "ar" and o.block > 1):
-        raise UserError(f"--block {o.block}: an AR model has no blocks, and mdlm wants 2 or more, or 0 for all the context")
+        same_text(folder, ckpt, corpus)
+    ar = o.objective == "ar"
+    b = 1 if ar else o.block or o.context
+    if ar != (b == 1) or o.block > b:
+        raise UserError(f"--block {o.block}: ar has no blocks; mdlm wants 2 or more, or 0 for all")
     torch.manual_seed(o.seed)
-    model = dlm.Transformer(dlm.Config(text.tokenizer.V, o.context, b, o.n_layer, o.n_head, o.n_embd, o.dropout)).to(device)
-    ids = text.parts["train"].to(device)
+    c = dlm.Config(corpus.tokenizer.V, o.context, b, o.n_layer, o.n_head, o.n_embd, o.dropout)
+    model = new_model(c).to(device)
+    ids = corpus.parts["train"].to(device)
 
-    def batch_loss(student, _):
-        x = dlm.windows(ids, o.batch_size, o.context)
+    def batch_loss(student):
+        x = windows(ids, o.batch_size, o.context)
         z = dlm.hide(x, b, model.V)
         return dlm.loss(student, x, z, dlm.one_hot(x, model.V))
 
-    trainer = fit(o, folder, model, text, batch_loss, o.lr, ckpt, folder.name)
-    report(o, folder, trainer, trainer.averaged(), text)
+    trainer = fit(o, folder, model, corpus, batch_loss, ckpt)
+    report(o, folder, trainer, trainer.averaged(), corpus)
     return folder
 
 
 def ar_model(o, seed, role, like):
-    """The folder of the AR model with this seed: found in runs/, gone on with if it was interrupted, or trained like
-    `like`."""
-    t = dataclasses.replace(like, data=o.data, seed=seed, device=o.device, out="", resume="", overwrite=False)
-    folder = Path("runs") / run_name(t, "ar")
+    """The folder of the AR model of this seed: found, completed, or trained by options `like`."""
+    new = dataclasses.replace(like, data=o.data, seed=seed, device=o.device, out="", resume="",
+                              overwrite=False)
+    folder = Path("runs") / run_name(new, "ar")
     if not (folder / "checkpoint.pt").exists():
-        print(f"no {role} in {folder} yet, so it is trained first", flush=True)
-        return train(t)
-    ckpt = dlm.load(folder, "--teacher" if role == "teacher" else f"the {role},")[2]
-    if ckpt["trainer"] and ckpt["trainer"]["step"] < ckpt["options"]["steps"]:
-        print(f"the {role} in {folder} was interrupted and goes on first", flush=True)
-        options = {**ckpt["options"], "out": str(folder), "resume": str(folder), "device": o.device}
-        return train(Options(**options), ckpt)
+        print(f"no {role} in {folder} yet, so it is trained first")
+        return train(new)
+    ckpt = load(folder, "--teacher" if role == "teacher" else f"the {role},")[2]
+    state = ckpt["trainer"]
+    if state and options_of(ckpt).updates not in [line[0] for line in state["history"]]:
+        print(f"the {role} in {folder} was interrupted and goes on first")
+        return train(*resumed(dataclasses.replace(new, resume=str(folder)), []))
     return folder
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    o, ckpt = resumed(dlm.parse(Options, argv, __doc__), argv)
-    start = time.time()
+def main(argv):
+    o, ckpt = resumed(parse(Options, argv, __doc__), argv)
     folder = train(o, ckpt)
-    print(f"{folder}: checkpoint.pt, metrics.json, loss.png; {time.time() - start:.0f} s in all. "
+    print(f"{folder}: checkpoint.pt, metrics.json, loss.png. "
           f"Next: python sample.py --checkpoint {folder}")
 
 
 if __name__ == "__main__":
-    dlm.run_script(main)
+    run_script(main)

@@ -1,18 +1,20 @@
-"""What the README and the notebooks show, from the metrics beside this file:  python assets/draw.py
+"""What the pages and the notebooks show, from the metrics beside this file:  python assets/draw.py
 
-Each function takes what its JSON file holds and returns a figure, or a table as text in Markdown; the command draws the
-README's pictures and writes its tables.
+Each function takes what its JSON file holds and returns a figure, or a table as Markdown. The
+command draws the PICTURES and writes the TABLES into the PAGES.
 """
 import json
 import math
 import re
 import sys
 from pathlib import Path
+from statistics import fmean, stdev
 
 import matplotlib.pyplot as plt
-import torch
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent
+PAGES = [ROOT / "README.md", HERE / "RESULTS.md", ROOT / "tests" / "README.md"]
 
 
 def read(name):
@@ -20,10 +22,32 @@ def read(name):
     return json.loads((HERE / f"{name}.json").read_text())
 
 
-def ticks(ax, places, labels=None):
-    """These ticks on a logarithmic axis, and no others."""
-    ax.set_xticks(places, labels or [f"{p:g}" for p in places])
-    ax.minorticks_off()
+# --------------------------------------------------------------------------------------------------
+# Numbers. A measure takes a run, or a row, and returns a value and its sampling error.
+
+def judged(row):
+    return row["judge_nll"], row["judge_se"]
+
+
+def bound(run):
+    """The test bound in nats a character. Its sampling error was kept in nats a token."""
+    per_char = run["test_nats_per_char"]
+    return per_char, run["test_se"] * per_char / run["test_nats_per_token"]
+
+
+def spread(steps):
+    """Judge NLL of the texts that a run's student writes in so many steps a block."""
+    return lambda run: judged(run["rows"][f"spread {steps}"])
+
+
+def number(key):
+    """What stands under a key, without a known sampling error."""
+    return lambda run: (run[key], 0)
+
+
+def gap_on(states):
+    """KL from the AR teacher on the states it visits (0), or on random masks (1)."""
+    return lambda run: (run["gap"][states], 0)
 
 
 def chosen(runs, **want):
@@ -31,17 +55,26 @@ def chosen(runs, **want):
     return [r for r in runs if all(r.get(k) == v for k, v in want.items())]
 
 
-def mean_of(runs, value, **want):
-    """Mean and standard error of what value(run) says, over the runs that were made so (their seeds)."""
-    found = torch.tensor([value(r) for r in chosen(runs, **want)])
-    return found.mean().item(), (found.std() / len(found) ** 0.5).item() if len(found) > 1 else 0.0
+def mean_of(runs, measure, **want):
+    """Mean over the runs that were made so (their seeds), and its error.
+
+    The error is the standard error over seeds or, where it is larger, the sampling error: two
+    seeds may agree by chance.
+    """
+    values, sampling = zip(*map(measure, chosen(runs, **want)))
+    over_seeds = stdev(values) if len(values) > 1 else 0
+    return fmean(values), max(over_seeds, fmean(sampling)) / len(values) ** 0.5
 
 
-def stated(runs, value, digits=2, **want):
+def stated(runs, measure, digits=2, **want):
     """The same as text: `3.27 ± 0.05`, and of one run `3.27`."""
-    mean, error = mean_of(runs, value, **want)
-    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if len(chosen(runs, **want)) > 1 else "")
+    mean, error = mean_of(runs, measure, **want)
+    several = len(chosen(runs, **want)) > 1
+    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if several else "")
 
+
+# --------------------------------------------------------------------------------------------------
+# Marks on paper
 
 class Table(str):
     """Markdown, which a notebook shows as the table that it is."""
@@ -52,130 +85,443 @@ class Table(str):
 
 def markdown(head, rows):
     """A table; a row is a list of strings."""
-    return Table("\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)) + "\n")
+    lines = [head, ["---"] * len(head), *rows]
+    return Table("\n".join("| " + " | ".join(row) + " |" for row in lines) + "\n")
 
 
-def parallel(kept):
-    """What drawing several tokens at once costs, by order, with exact denoisers."""
-    fig, axes = plt.subplots(1, 2, figsize=(10.5, 4.2))
-    style = {"ancestral": ("x:", "0.0", 8), "random": ("o-", "0.0", 11), "confidence": ("s--", "0.0", 9),
-             "margin": ("^--", "0.0", 6), "entropy": (".--", "0.0", 4), "spread": ("d-", "0.0", 5),
-             "threshold": ("*-.", "0.4", 10), "random, half of the calls remask": ("P-", "0.6", 9),
-             "confidence, half of the calls remask": ("D--", "0.6", 5)}
-    titles = {"branch": "branch: 8 letters after a given one",
-              "markov 2.0": f"markov, sharp 2.0: 6 letters, {kept['chains']} chains"}
-    for ax, name, top in zip(axes, ("branch", "markov 2.0"), (1.04, 0.42)):
-        L = 8 if name == "branch" else 6
-        for way, (marker, grey, size) in style.items():
-            points = sorted((L / f["calls"], f["tv"]) for f in kept["measured"] if (f["source"], f["way"]) == (name, way))
-            ax.plot(*zip(*points), marker, color=grey, markersize=size, linewidth=1,
-                    markerfacecolor="0.0" if way in ("entropy", "spread") else "none",
-                    label="confidence, thresholds" if way == "threshold" else way)
-        ax.axhline(kept["floor"][name], color="0.85", linewidth=4, zorder=0, label="texts of the source itself")
-        ax.set(xscale="log", xlabel="tokens written per network call", title=titles[name], ylim=(-0.04 * top, top),
-               ylabel="total variation distance\nfrom the true law (0 to 1)")
-        ticks(ax, [1, 2, 4, 8] if L == 8 else [1, 2, 3, 6])
-    axes[0].annotate("random, confidence,\nmargin, entropy and\nspread coincide", (2.05, 0.5), (3.3, 0.3), fontsize=8,
-                     arrowprops={"arrowstyle": "->"})
-    axes[1].annotate("confidence, margin,\nentropy", (1.97, 0.2), (1.12, 0.25), fontsize=8,
-                     arrowprops={"arrowstyle": "->"})
-    axes[1].legend(fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left")
-    fig.tight_layout()
-    return fig
+def ticks(ax, places, labels=None):
+    """These ticks on a logarithmic axis, and no others."""
+    ax.set_xticks(places, labels or [f"{p:g}" for p in places])
+    ax.minorticks_off()
 
+
+def errorbars(ax, x, points, style, label, **more):
+    """A line through points, which are (mean, error)."""
+    means, errors = zip(*points)
+    ax.errorbar(x, means, errors, fmt=style, capsize=3, markerfacecolor="none", label=label, **more)
+
+
+def level(ax, y, label, style="--", color="k"):
+    ax.axhline(y, color=color, linewidth=1, linestyle=style, label=label)
+
+
+# --------------------------------------------------------------------------------------------------
+# The main job, and the orders of the sampler
+
+def main_job(kept):
+    """What the main job's students write."""
+    rows = []
+    for r in kept["table"]:
+        name = r["what"]
+        if "order" in r:
+            method = name.split(",")[0]
+            name = f"**{method}**, {r['steps']} step{'s' * (r['steps'] > 1)} a block"
+        calls = f"{r['calls']:.0f}" if "calls" in r else ""
+        numbers = [f"{r[key]:.2f}" for key in ("judge_nll", "entropy", "bigram_entropy")]
+        rows.append([name, calls, *numbers])
+    head = ["256 texts", "network calls a text", "judge NLL", "entropy", "bigram entropy"]
+    return markdown(head, rows)
+
+
+def orders(few):
+    """A denoiser of the whole context: quality by order and steps."""
+    names = ("ancestral", "confidence", "spread")
+    rows = []
+    for n in (1, 2, 4, 8, 16, 32, 64):
+        by_order = [chosen(few["rows"], who="denoiser", order=o, steps=n)[0] for o in names]
+        rows.append([str(n), f"{by_order[0]['calls']:.1f}",
+                     *(f"{r['judge_nll']:.2f}" for r in by_order),
+                     *(", ".join(f"{r[key]:.2f}" for r in by_order)
+                       for key in ("entropy", "distinct_2"))])
+    for who in ("AR teacher", "held-out text"):
+        r = chosen(few["rows"], who=who)[0]
+        calls = f"{r['calls']:.0f}" if "calls" in r else ""
+        rows.append([who, calls, f"{r['judge_nll']:.2f}", "", "",
+                     f"{r['entropy']:.2f}", f"{r['distinct_2']:.2f}"])
+    head = ["steps", "calls, ancestral", *names, "entropy, in this order", "distinct bigrams"]
+    return markdown(head, rows)
+
+
+def equal_quality(kept):
+    """Sums: what texts cost an AR model with its cache, and a student in blocks of 8."""
+    rows = {}
+    for r in kept["rows"]:
+        same = {key: r.get(key) for key in ("length", "who", "order", "threshold")}
+        alike = chosen(kept["rows"], **same)
+        who = r["who"]
+        if "threshold" in r:
+            who += f", `{r['order']}`, threshold {r['threshold']:g}"
+        nll, error = mean_of(alike, judged)
+        calls = mean_of(alike, number("calls"))[0]
+        entropy = mean_of(alike, number("entropy"))[0]
+        seconds = [""] * 2
+        if "seconds_1" in alike[0]:
+            seconds = [f"{alike[0]['seconds_1'][0]:.3f}", f"{alike[0]['seconds_32'][0]:.2f}"]
+        rows[r["length"], who] = [str(r["length"]), f"{who} [{len(alike)}]", f"{calls:.0f}",
+                                  f"{nll:.3f} ± {error:.3f}", f"{entropy:.3f}", *seconds]
+    head = ["letters", "[seeds]", "calls", "judge NLL", "entropy", "seconds: one text", "32 texts"]
+    return markdown(head, rows.values())
+
+
+# --------------------------------------------------------------------------------------------------
+# TCS
 
 def estimators(kept):
     """Estimators of the concrete score: distance and gradient variance against teacher tokens."""
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6))
-    points = {r["estimator"]: r for r in kept["rows"]}
-    labels = "total variation from exact (0 to 1)", "gradient variance, one-hot = 1"
-    for ax, key, label in zip(axes, ("tv", "variance"), labels):
-        for name, style, shift in (("topk", "ko-", (-8, -11)), ("grad+topk", "ks--", (8, 4))):
-            line = [r for r in kept["rows"] if r["estimator"].startswith(name + ", ")]
-            ax.plot([r["tokens"] for r in line], [r[key] for r in line], style, markerfacecolor="w", label=name)
-            for r in line:
-                ax.annotate(r["estimator"].split(", ")[1], (r["tokens"], r[key]), shift, textcoords="offset points",
-                            fontsize=8, ha="right" if shift[0] < 0 else "left")
-        for name, style in (("prefix", "k^"), ("grad", "kv"), ("exact", "kD")):
-            ax.plot(points[name]["tokens"], points[name][key], style, markersize=7, label=name)
-        ax.axhline(points["one-hot"][key], color="0.5", linestyle=":", zorder=0, label="one-hot (no tokens)")
-        ax.set(xlabel="teacher tokens a position", ylabel=label, xscale="log", xlim=(0.6, 1500), ylim=(-0.02, None))
-        ticks(ax, [1, 10, 100, 1000])
+    compare_estimators(axes[0], kept["rows"], "tv")
+    axes[0].set(ylabel="total variation from exact (0 to 1)")
+    compare_estimators(axes[1], kept["rows"], "variance")
+    axes[1].set(ylabel="gradient variance, one-hot = 1")
     axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     fig.suptitle(f"estimators of the concrete score, docs, blocks of {kept['block']}", fontsize=11)
     fig.tight_layout()
     return fig
 
 
+def compare_estimators(ax, rows, key):
+    for name, style, shift in (("topk", "ko-", (-8, -11)), ("grad+topk", "ks--", (8, 4))):
+        by_K = [r for r in rows if r["estimator"].startswith(name + ", ")]
+        tokens = [r["tokens"] for r in by_K]
+        ax.plot(tokens, [r[key] for r in by_K], style, markerfacecolor="w", label=name)
+        for r in by_K:
+            ax.annotate(r["estimator"].split(", ")[1], (r["tokens"], r[key]), shift, fontsize=8,
+                        textcoords="offset points", ha="right" if shift[0] < 0 else "left")
+    for name, style in (("prefix", "k^"), ("grad", "kv"), ("exact", "kD")):
+        r = chosen(rows, estimator=name)[0]
+        ax.plot(r["tokens"], r[key], style, markersize=7, label=name)
+    one_hot = chosen(rows, estimator="one-hot")[0]
+    ax.axhline(one_hot[key], color="0.5", linestyle=":", zorder=0, label="one-hot (no tokens)")
+    ax.set(xlabel="teacher tokens a position", xscale="log", xlim=(0.6, 1500), ylim=(-0.02, None))
+    ticks(ax, [1, 10, 100, 1000])
+
+
+TARGETS = {"onehot": "one-hot", "prefix": "causal", "topk": "TCS"}
+
+
 def bound_against_share(ax, kept):
     """TCS: the students' bound against the share of the text that they see, by target."""
     runs = chosen(kept, group="share")
-    bound = lambda r: r["test_nats_per_char"]
-    for target, style, label in (("onehot", "ko-", "plain: one-hot"), ("prefix", "k^", "prefix: causal"), ("topk", "ks", "TCS")):
-        shares = sorted({r["fraction"] for r in chosen(runs, states="data", target=target)})
-        at = [mean_of(runs, bound, states="data", target=target, fraction=f) for f in shares]
-        ax.errorbar(shares, [m for m, _ in at], [e for _, e in at], fmt=style, capsize=3, markerfacecolor="none",
-                    label=label)
-    for target, style, label in (("onehot", "0.6", "teacher's texts, one-hot"), ("topk", "0.0", "teacher's texts, TCS")):
-        level = mean_of(runs, bound, states="teacher", target=target, fraction=1)[0]
-        ax.axhline(level, color=style, linewidth=1, label=f"{label} (no data)")
-    ax.set(xscale="log", xlabel="share of the text that the student sees", ylabel="test bound, nats per character",
-           title="TCS: equal updates, blocks of 4")
+    styles = {"onehot": ("ko-", "plain: one-hot"), "prefix": ("k^", "prefix: causal"),
+              "topk": ("ks", "TCS")}
+    for target, (style, label) in styles.items():
+        on_data = chosen(runs, states="data", target=target)
+        shares = sorted({r["fraction"] for r in on_data})
+        points = [mean_of(on_data, bound, fraction=f) for f in shares]
+        errorbars(ax, shares, points, style, label)
+    for target, grey, name in (("onehot", "0.6", "one-hot"), ("topk", "0.0", "TCS")):
+        mean = mean_of(runs, bound, states="teacher", target=target, fraction=1)[0]
+        level(ax, mean, f"teacher's texts, {name} (no data)", "-", grey)
+    ax.set(xscale="log", xlabel="share of the text that the student sees",
+           ylabel="test bound, nats per character", title="TCS: equal updates, blocks of 4")
     ticks(ax, [0.1, 0.2, 0.4, 1], ["10%", "20%", "40%", "100%"])
     ax.legend(fontsize=7)
 
 
-TVD = dict(divergence="tvd", k=2, updates=300, lr=0.01, ema=0.99)       # SDTT, as most of its students were made
+def shares(kept):
+    """TCS and its controls by what the student sees."""
+    runs = chosen(kept, group="share")
+    rows = []
+    for fraction, states in ((0.1, "data"), (1, "teacher"), (0.4, "data"), (1, "data")):
+        sees = f"{fraction:.0%} of the text"
+        if states == "teacher":
+            sees = "none, the teacher writes"
+        for target, name in TARGETS.items():
+            same = chosen(runs, fraction=fraction, states=states, target=target)
+            if same:
+                r = chosen(same, seed=0)[0]
+                seconds = f"{r['teacher_seconds']:.0f} + {r['train_seconds']:.0f}"
+                entropy = mean_of(same, number("entropy"))[0]
+                rows.append([sees, name, stated(same, bound, 3), stated(same, judged),
+                             f"{entropy:.2f}", seconds, str(len(same))])
+    return markdown(["the student sees", "target", "test bound, nats a character", "judge NLL",
+                     "entropy", "seconds: teacher + student", "seeds"], rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# SDTT
+
+# As most of its students were made.
+TVD = dict(divergence="tvd", k=2, updates=300, lr=0.01, ema=0.99)
 
 
 def quality_against_steps(ax, few, kept):
     """SDTT: judge NLL against sampling steps, of a denoiser and of its students at TVD."""
-    judged = lambda r: r["judge_nll"]
     steps = (2, 4, 8, 16, 32, 64)
     for order, style in (("ancestral", "k^--"), ("spread", "ko-")):
-        ax.plot(steps, [mean_of(few["rows"], judged, who="denoiser", order=order, steps=n)[0] for n in steps], style,
+        teacher = chosen(few["rows"], who="denoiser", order=order)
+        ax.plot(steps, [mean_of(teacher, judged, steps=n)[0] for n in steps], style,
                 markerfacecolor="none", label=f"denoiser, {order}")
-        at = [mean_of(kept["rows"], judged, order=order, **TVD, steps=n) for n in steps[:-1]]
-        ax.errorbar(steps[:-1], [m for m, _ in at], [e for _, e in at], fmt=style[1] + ":", color="0.5", capsize=3,
-                    label=f"SDTT students, {order}")
+        students = chosen(kept["rows"], order=order, **TVD)
+        points = [mean_of(students, judged, steps=n) for n in steps[:-1]]
+        errorbars(ax, steps[:-1], points, style[1] + ":", f"SDTT students, {order}", color="0.5")
     for who, style in (("AR teacher", "--"), ("held-out text", ":")):
-        ax.axhline(mean_of(few["rows"], judged, who=who)[0], color="0.5", linewidth=1, linestyle=style, label=who)
-    ax.set(xscale="log", xlabel="sampling steps for 64 tokens", ylabel="judge NLL, nats per token",
-           title="SDTT: each student at its own steps")
+        level(ax, mean_of(few["rows"], judged, who=who)[0], who, style, "0.5")
+    ax.set(xscale="log", xlabel="sampling steps for 64 tokens",
+           ylabel="judge NLL, nats per token", title="SDTT: each student at its own steps")
     ticks(ax, steps)
     ax.legend(fontsize=7)
 
 
-WAYS = {"OPDLM": ("ko-", dict(states="rollout", target="prefix")),       # students of the AR weights
-        "prefix (causal, random masks)": ("ks:", dict(states="data", target="prefix")),
-        "plain": ("k^--", dict(states="data", target="onehot", student="ar"))}
+def rounds(few, kept):
+    """SDTT on text: students at their own number of steps, beside the denoiser they come from."""
+    def unusual(way):
+        return [f"{key} {way[key]:g}" for key in ("k", "updates", "lr", "ema")
+                if way[key] != TVD[key]]
+
+    ways = []
+    for r in kept["rows"]:
+        way = {key: r[key] for key in TVD}
+        if way not in ways:
+            ways.append(way)
+    ways.sort(key=lambda way: (len(unusual(way)), str(way)))
+    cold = "denoiser, temperature 0.9"
+    writers = {"denoiser": chosen(few["rows"], who="denoiser"),
+               "denoiser at temperature 0.9": chosen(few["rows"], who=cold)}
+    for way in ways:
+        writers[", ".join([way["divergence"], *unusual(way)])] = chosen(kept["rows"], **way)
+    steps = (32, 16, 8, 4, 2)
+    return markdown(["order", "steps:", *map(str, steps)], [
+        [order, name, *(quality(chosen(rows, order=order, steps=n)) for n in steps)]
+        for order in ("ancestral", "spread") for name, rows in writers.items()])
+
+
+def quality(rows):
+    """`judge NLL (entropy, distinct bigrams)`, or nothing if there are no rows."""
+    if not rows:
+        return ""
+    entropy = mean_of(rows, number("entropy"))[0]
+    distinct = mean_of(rows, number("distinct_2"))[0]
+    return f"{stated(rows, judged)} ({entropy:.2f}, {distinct:.2f})"
+
+
+# --------------------------------------------------------------------------------------------------
+# OPDLM
+
+WAYS = {  # students of the AR weights
+    "OPDLM": ("ko-", dict(states="rollout", target="prefix", student="ar")),
+    "prefix (causal, random masks)": ("ks:", dict(states="data", target="prefix", student="ar")),
+    "plain": ("k^--", dict(states="data", target="onehot", student="ar")),
+}
+TOKENS = 512 / 1e6                  # of text, that an update takes; in millions
+AR_TOKENS = 500 * 32 * 64 / 1e6     # of text, that the AR model itself took
 
 
 def on_docs(kept):
-    """Runs of the comparison: docs, blocks of four, rollouts of single blocks, learning rate 0.006 or from random weights."""
+    """Runs of the comparison: blocks of four, one rate for all that start from the AR weights."""
     runs = chosen(kept["runs"], data="docs", block=4, order="spread", whole=0, first=0)
-    return [r for r in runs if r["student"] == "random" or r["student"] == "ar" and r["lr"] == 0.006]
+    return chosen(runs, student="random") + chosen(runs, student="ar", lr=0.006)
 
 
-def spread(steps, what="judge_nll"):
-    """What is said of the texts that a run's student writes in so many steps a block."""
-    return lambda r: r["rows"][f"spread {steps}"][what]
+def ar_level(ax, runs, style="--"):
+    level(ax, runs[0]["rows"]["ar 1"]["judge_nll"], "AR teacher", style)
 
 
 def quality_against_text(ax, kept):
     """OPDLM: judge NLL against tokens of text, beside its controls."""
     runs = chosen(on_docs(kept), fraction=1)
-    for label, (style, way) in {**WAYS, "TCS, random masks": ("kD-.", dict(states="data", target="topk")),
-                                "plain from random weights": ("kv", dict(student="random"))}.items():
-        budgets = sorted({r["steps"] for r in chosen(runs, **way)})
-        at = [mean_of(runs, spread(4), steps=n, **way) for n in budgets]
-        ax.errorbar([n * 512 / 1e6 for n in budgets], [m for m, _ in at], [e for _, e in at], fmt=style, capsize=3,
-                    markerfacecolor="none", label=label)
-    ax.axhline(runs[0]["rows"]["ar 1"]["judge_nll"], color="k", linestyle="--", linewidth=1, label="AR teacher")
+    ways = {**WAYS, "TCS, random masks": ("kD-.", dict(states="data", target="topk")),
+            "plain from random weights": ("kv", dict(student="random"))}
+    for label, (style, way) in ways.items():
+        same = chosen(runs, **way)
+        budgets = sorted({r["steps"] for r in same})
+        points = [mean_of(same, spread(4), steps=n) for n in budgets]
+        errorbars(ax, [n * TOKENS for n in budgets], points, style, label)
+    ar_level(ax, runs)
     ax.set(xscale="log", xlabel="tokens of text, millions", ylabel="judge NLL, nats per token",
-           title="OPDLM beside its controls, blocks of 4", ylim=(None, 4.7))                 # room for the legend
+           title="OPDLM beside its controls, blocks of 4", ylim=(None, 4.7))  # room for the legend
     ticks(ax, [0.125, 0.25, 0.5, 1, 2])
     ax.legend(fontsize=7, loc="upper right")
+
+
+def gap(kept):
+    """OPDLM: what a share of the text does, and how far students are from the teacher."""
+    runs = chosen(on_docs(kept), steps=1000)
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    quality_against_share(axes[0], runs)
+    gap_bars(axes[1], runs, kept["before"]["docs-b4"])
+    for ax in axes:
+        ax.legend(fontsize=7)
+    fig.tight_layout()
+    return fig
+
+
+def quality_against_share(ax, runs):
+    for label, (style, way) in WAYS.items():
+        points = [mean_of(runs, spread(4), fraction=f, **way) for f in (0.1, 1)]
+        errorbars(ax, [0.1, 1], points, style, label)
+    for label, grey, target in (("causal", "0.4", "prefix"), ("one-hot", "0.7", "onehot")):
+        mean = mean_of(runs, spread(4), states="teacher", target=target)[0]
+        ax.axhline(mean, color=grey, label=f"{label}, the teacher's texts")
+    ar_level(ax, runs)
+    ax.set(xscale="log", xlabel="share of the text that the student sees",
+           ylabel="judge NLL, nats per token", title="1000 updates",
+           ylim=(None, 5.4))  # room for the legend
+    ticks(ax, [0.1, 1], ["10%", "100%"])
+
+
+def gap_bars(ax, runs, before):
+    gaps = {"before": before}
+    for label, (_, way) in WAYS.items():
+        same = chosen(runs, fraction=1, **way)
+        gaps[label.replace(", ", ",\n")] = [mean_of(same, gap_on(j))[0] for j in (0, 1)]
+    for j, label, grey, hatch in ((0, "states it visits", "0.35", ""),
+                                  (1, "random masks", "0.8", "//")):
+        x = [place + 0.4 * j for place in range(len(gaps))]
+        heights = [both[j] for both in gaps.values()]
+        ax.bar(x, heights, 0.4, color=grey, hatch=hatch, edgecolor="k", label=label)
+    ax.set_xticks([place + 0.2 for place in range(len(gaps))], gaps, fontsize=8)
+    ax.set(ylabel="KL from the AR teacher,\nnats per token", title="1000 updates, all the text")
+
+
+def blocks(kept):
+    """What the causal target costs as blocks grow: judge NLL at one token a step, one seed."""
+    runs = chosen(kept["runs"], data="docs", order="spread", fraction=1, seed=0)
+    runs = [r for r in runs if r["lr"] < 0.01]
+    start = dict(steps=1000, student="ar")
+    causal = "ks:", dict(method="prefix", states="data", lr=0.006, **start)
+    ways = {"OPDLM, the better rate": ("ko-", dict(method="opdlm", whole=0, **start)),
+            "causal, random masks": causal,
+            "plain": ("k^--", dict(method="plain", lr=0.006, **start))}
+    after = {"OPDLM on whole rollouts": ("ko-", dict(target="prefix", whole=1)),
+             "TCS on whole rollouts": ("kD-.", dict(target="topk", whole=1)), "before": causal}
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    axes[0].set(title="1000 updates from the AR weights")
+    axes[1].set(title="200 (64: 100) more, from the causal student")
+    for ax, series in zip(axes, (ways, after)):
+        for label, (style, want) in series.items():
+            best = best_by_block(chosen(runs, **want))
+            ax.plot(best.keys(), best.values(), style, markerfacecolor="none", label=label)
+        ar_level(ax, runs, ":")
+        ax.set(xscale="log", xlabel="block length, tokens", ylabel="judge NLL, nats per token")
+        ticks(ax, [4, 16, 64])
+        ax.legend(fontsize=8)
+    fig.tight_layout()
+    return fig
+
+
+def best_by_block(runs):
+    """{block length: the least judge NLL of the runs}, at one token a step."""
+    best = {}
+    for r in sorted(runs, key=lambda r: r["block"] or 64):  # --block 0 is the context
+        b = r["block"] or 64
+        if f"spread {b}" in r["rows"]:
+            best[b] = min(best.get(b, math.inf), spread(b)(r)[0])
+    return best
+
+
+def needs(kept):
+    """OPDLM and its controls: what they need, and what their students write."""
+    states = {"data": "random masks", "rollout": "rollouts",
+              "teacher": "random masks, the teacher's texts"}
+    weights = {"ar": "AR weights", "random": "random weights"}
+    runs = on_docs(kept)
+    keys = ("student", "fraction", "states", "target", "steps")
+    ways = {tuple(r[key] for key in keys) for r in runs}
+    rows = []
+    for way in sorted(ways, key=lambda way: (way[0], -way[1], *way[2:])):
+        same = chosen(runs, **dict(zip(keys, way)))
+        r = same[0]
+        share = ", a tenth" if r["fraction"] < 1 else ""
+        tokens = [f"{r[key] / 1e6:.2f}" for key in ("text_tokens", "student_tokens")]
+        gaps = [f"{mean_of(same, gap_on(j))[0]:.2f}" for j in (0, 1)]
+        rows.append([weights[r["student"]], states[r["states"]] + share, TARGETS[r["target"]],
+                     str(r["steps"]), *tokens, stated(same, spread(4)), stated(same, spread(2)),
+                     *gaps, str(len(same))])
+    return markdown(["from", "states", "target", "updates", "text tokens, M", "student tokens, M",
+                     "judge NLL, 4 steps", "2 steps", "KL on its own states",
+                     "KL on random masks", "seeds"], rows)
+
+
+def text_needed(kept):
+    """Text that a student of the AR weights needs to write as well as one from random weights."""
+    runs = chosen(on_docs(kept), fraction=1)
+    goal = mean_of(runs, spread(4), student="random", steps=4000)[0]
+    rows = []
+    for label, (_, way) in WAYS.items():
+        same = chosen(runs, **way)
+        budgets = sorted({r["steps"] for r in same})
+        curve = [(n, mean_of(same, spread(4), steps=n)[0]) for n in budgets]
+        updates = updates_until(goal, curve)
+        text = updates * TOKENS
+        less = 4000 * TOKENS / (text + AR_TOKENS)
+        rows.append([label, f"{text:.2f}", f"{4000 / updates:.1f}", f"{less:.1f}"])
+    head = [f"for judge NLL {goal:.2f}", "millions of tokens of text", "times less",
+            "the AR model's text counted"]
+    return markdown(head, rows)
+
+
+def updates_until(goal, curve):
+    """Updates after which a curve [(updates, NLL)] falls to the goal: a line in their logarithm."""
+    for (m, high), (n, low) in zip(curve, curve[1:]):
+        if low <= goal:
+            share = max(0, high - goal) / (high - low)
+            return m * (n / m) ** share
+    raise ValueError("the curve does not reach the goal")
+
+
+# --------------------------------------------------------------------------------------------------
+# The three methods, each beside its controls at equal updates
+
+def beside(question, measure, *writers):
+    """A row: the method, then its controls. writers: (name, runs)."""
+    cells = [f"{name} {stated(runs, measure, 3 if measure is bound else 2)} [{len(runs)}]"
+             for name, runs in writers]
+    return [question, cells[0], "; ".join(cells[1:])]
+
+
+def found_with_denoiser(few, sdtt):
+    """Orders, and SDTT, on the denoiser of the whole context."""
+    def teacher(order, steps):
+        return chosen(few, who="denoiser", order=order, steps=steps)
+
+    def students(order, steps):
+        return chosen(sdtt, order=order, steps=steps, **TVD)
+
+    yield beside("order; `plain`, one block of 64", judged,
+                 ("`spread`, 8 calls", teacher("spread", 8)),
+                 ("ancestral, 64 steps, 41 calls", teacher("ancestral", 64)))
+    yield beside("64 steps made 8, ancestral", judged, ("`sdtt`", students("ancestral", 8)),
+                 ("its teacher in 8", teacher("ancestral", 8)))
+    yield beside("64 steps made 4, `spread`", judged, ("`sdtt`", students("spread", 4)),
+                 ("its teacher in 4", teacher("spread", 4)))
+
+
+def found_with_tcs(runs):
+    free = chosen(runs, states="teacher")
+    data = chosen(runs, states="data")
+    yield beside("no text but the teacher's: bound", bound,
+                 ("`tcs --states teacher`", chosen(free, target="topk")),
+                 ("`sequence`", chosen(free, target="onehot")),
+                 ("`plain` on 40% of the text", chosen(data, fraction=0.4, target="onehot")))
+    yield beside("all the text: bound", bound,
+                 ("`tcs`", chosen(data, fraction=1, target="topk")),
+                 ("`plain`", chosen(data, fraction=1, target="onehot")))
+
+
+def found_with_opdlm(kept):
+    whole = chosen(kept["runs"], data="docs", block=0, student="ar", fraction=1, seed=0)
+
+    def writers(runs, **want):
+        return [(name, chosen(runs, **want, **way))
+                for name, (_, way) in zip(("`opdlm`", "`prefix`", "`plain`"), WAYS.values())]
+
+    runs = on_docs(kept)
+    tcs = "`tcs`", chosen(runs, steps=4000, states="data", target="topk")
+    yield beside("1000 updates", spread(4), *writers(runs, steps=1000, fraction=1))
+    yield beside("4000 updates", spread(4), *writers(runs, steps=4000), tcs)
+    yield beside("1000 updates, a tenth of the text", spread(4),
+                 *writers(runs, steps=1000, fraction=0.1))
+    yield beside("1000 updates, one block of 64", spread(64), *writers(whole, steps=1000))
+
+
+def found():
+    """The table of results."""
+    by_denoiser = found_with_denoiser(read("few-steps")["rows"], read("sdtt")["rows"])
+    orders_row, *sdtt_rows = by_denoiser
+    tcs_rows = found_with_tcs(chosen(read("tcs"), group="share"))
+    rows = [orders_row, *tcs_rows, *sdtt_rows, *found_with_opdlm(read("opdlm"))]
+    return markdown(["", "method [seeds]", "controls"], rows)
 
 
 def results():
@@ -188,231 +534,25 @@ def results():
     return fig
 
 
-def gap(kept):
-    """OPDLM: what a share of the text does, and how far students are from the teacher where they go."""
-    runs = chosen(on_docs(kept), steps=1000)
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4))
-    for label, (style, way) in WAYS.items():
-        at = [mean_of(runs, spread(4), fraction=f, **way) for f in (0.1, 1)]
-        axes[0].errorbar([0.1, 1], [m for m, _ in at], [e for _, e in at], fmt=style, capsize=3, markerfacecolor="none",
-                         label=label)
-    for label, style, target in (("causal, the teacher's texts", "0.4", "prefix"),
-                                 ("one-hot, the teacher's texts", "0.7", "onehot")):
-        axes[0].axhline(mean_of(runs, spread(4), states="teacher", target=target)[0], color=style, label=label)
-    axes[0].axhline(runs[0]["rows"]["ar 1"]["judge_nll"], color="k", linestyle="--", linewidth=1, label="AR teacher")
-    axes[0].set(xscale="log", xlabel="share of the text that the student sees", ylabel="judge NLL, nats per token",
-                title="1000 updates", ylim=(None, 5.4))                # room for the legend
-    ticks(axes[0], [0.1, 1], ["10%", "100%"])
-    gaps = {"before": kept["before"]["docs-b4"],
-            **{label: [mean_of(runs, lambda r: r["gap"][j], fraction=1, **way)[0] for j in (0, 1)]
-               for label, (_, way) in WAYS.items()}}
-    for j, (label, colour, hatch) in enumerate((("states it visits", "0.35", ""), ("random masks", "0.8", "//"))):
-        axes[1].bar([k + 0.4 * j for k in range(len(gaps))], [g[j] for g in gaps.values()], 0.4, color=colour, hatch=hatch,
-                    edgecolor="k", label=label)
-    axes[1].set_xticks([k + 0.2 for k in range(len(gaps))], [label.replace(", ", ",\n") for label in gaps], fontsize=8)
-    axes[1].set(ylabel="KL from the AR teacher,\nnats per token", title="1000 updates, all the text")
-    for ax in axes:
-        ax.legend(fontsize=7)
-    fig.tight_layout()
-    return fig
+# --------------------------------------------------------------------------------------------------
+# The command
 
-
-def blocks(kept):
-    """What the causal target costs as blocks grow: judge NLL at one token a step, one seed."""
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    runs = [r for r in chosen(kept["runs"], data="docs", order="spread", fraction=1, seed=0) if r["lr"] < 0.01]
-    ways = (("OPDLM, the better rate", "ko-", dict(method="opdlm", whole=0, steps=1000, student="ar")),
-            ("causal, random masks", "ks:", dict(method="prefix", states="data", steps=1000, student="ar", lr=0.006)),
-            ("plain", "k^--", dict(method="plain", steps=1000, student="ar", lr=0.006)))
-    after = (("OPDLM on whole rollouts", "ko-", dict(target="prefix", whole=1)),
-             ("TCS on whole rollouts", "kD-.", dict(target="topk", whole=1)), ("before", *ways[1][1:]))
-    for ax, series, title in ((axes[0], ways, "1000 updates from the AR weights"),
-                              (axes[1], after, "200 (64: 100) more, from the causal student")):
-        for label, style, want in series:
-            nll = {}
-            for r in chosen(runs, **want):
-                b = r["block"] or 64                                   # --block 0 is the context
-                if f"spread {b}" in r["rows"]:
-                    nll.setdefault(b, []).append(spread(b)(r))
-            ax.plot(sorted(nll), [min(nll[b]) for b in sorted(nll)], style, markerfacecolor="none", label=label)
-        ax.axhline(runs[0]["rows"]["ar 1"]["judge_nll"], color="k", linestyle=":", linewidth=1, label="AR teacher")
-        ax.set(xscale="log", xlabel="block length, tokens", ylabel="judge NLL, nats per token", title=title)
-        ticks(ax, [4, 16, 64])
-        ax.legend(fontsize=8)
-    fig.tight_layout()
-    return fig
-
-
-def main_job(kept):
-    """What the main job's students write."""
-    names = [f"**{r['what'].split(',')[0]}**, {r['steps']} step{'s' * (r['steps'] > 1)} a block" if "order" in r else
-             r["what"] for r in kept["table"]]
-    return markdown(["256 texts", "network calls a text", "judge NLL", "entropy", "bigram entropy", "known words"], [
-        [name, f"{r['calls']:.0f}" if "calls" in r else "", f"{r['judge_nll']:.2f}", f"{r['entropy']:.2f}",
-         f"{r['bigram_entropy']:.2f}", f"{r['known_words']:.0%}"] for name, r in zip(names, kept["table"])])
-
-
-def shares(kept):
-    """TCS and its controls by what the student sees."""
-    rows, runs = [], chosen(kept, group="share")
-    names = {"onehot": "one-hot", "prefix": "causal", "topk": "TCS"}
-    for fraction, states in ((0.1, "data"), (1, "teacher"), (0.4, "data"), (1, "data")):
-        for target, name in names.items():
-            same = chosen(runs, fraction=fraction, states=states, target=target)
-            if same:
-                first = chosen(same, seed=0)[0]
-                rows.append(["none, the teacher writes" if states == "teacher" else f"{fraction:.0%} of the text", name,
-                             *(stated(same, lambda r: r[k], digits) for k, digits in (
-                                 ("test_nats_per_char", 3), ("judge_nll", 2), ("entropy", 2), ("known_words", 3))),
-                             f"{first['teacher_seconds']:.0f} + {first['train_seconds']:.0f}", str(len(same))])
-    return markdown(["the student sees", "target", "test bound, nats a character", "judge NLL", "entropy", "known words",
-                     "seconds: teacher + student", "seeds"], rows)
-
-
-def orders(few):
-    """A denoiser of the whole context: quality by order and steps."""
-    row = lambda **want: chosen(few["rows"], **want)[0]
-    names = ("ancestral", "confidence", "spread")
-    rows = [[str(n), f"{row(order='ancestral', steps=n)['calls']:.1f}",
-             *(f"{row(who='denoiser', order=o, steps=n)['judge_nll']:.2f}" for o in names),
-             *(", ".join(f"{row(who='denoiser', order=o, steps=n)[k]:.2f}" for o in names) for k in ("entropy", "distinct_2"))]
-            for n in (1, 2, 4, 8, 16, 32, 64)]
-    for who in ("AR teacher", "held-out text"):
-        r = row(who=who)
-        rows.append([who, f"{r['calls']:.0f}" if "calls" in r else "", f"{r['judge_nll']:.2f}", "", "",
-                     f"{r['entropy']:.2f}", f"{r['distinct_2']:.2f}"])
-    return markdown(["steps", "calls, ancestral", *names, "entropy, in this order", "distinct bigrams"], rows)
-
-
-def rounds(few, kept):
-    """SDTT on text: students at their own number of steps, beside the denoiser that they come from."""
-    def cell(rows, **want):
-        found = chosen(rows, **want)
-        return found and (stated(found, lambda r: r["judge_nll"]) + " (" + ", ".join(
-            f"{mean_of(found, lambda r: r[k])[0]:.2f}" for k in ("entropy", "distinct_2")) + ")") or ""
-
-    usual = {**TVD, "divergence": ""}
-    made = lambda r: {k: r[k] for k in usual}
-    ways = {", ".join([r["divergence"], *(f"{k} {r[k]:g}" for k in usual if r[k] != usual[k] and k != "divergence")]): made(r)
-            for r in sorted(kept["rows"], key=lambda r: (len(made(r).items() - usual.items()), str(made(r))))}
-    students = {"denoiser": (few, {"who": "denoiser"}), "denoiser at temperature 0.9": (few, {"who": "denoiser, temperature 0.9"}),
-                **{name: (kept, way) for name, way in ways.items()}}
-    steps = (32, 16, 8, 4, 2)
-    return markdown(["order", "steps:", *map(str, steps)], [
-        [order, name, *(cell(rows["rows"], steps=n, order=order, **way) for n in steps)]
-        for order in ("ancestral", "spread") for name, (rows, way) in students.items()])
-
-
-def needs(kept):
-    """OPDLM and its controls: what they need, and what their students write."""
-    states = {"data": "random masks", "rollout": "rollouts", "teacher": "random masks, the teacher's texts"}
-    targets = {"onehot": "one-hot", "prefix": "causal", "topk": "TCS"}
-    runs, rows = on_docs(kept), []
-    for r in runs:
-        way = {k: r[k] for k in ("student", "states", "target", "fraction", "steps")}
-        if way not in rows:
-            rows.append(way)
-    rows.sort(key=lambda w: (w["student"], -w["fraction"], w["states"], w["target"], w["steps"]))
-    gap = lambda j: lambda r: r["gap"][j]
-    return markdown(["from", "states", "target", "updates", "text tokens, M", "student tokens, M", "judge NLL, 4 steps",
-                     "2 steps", "known words", "KL on its own states", "KL on random masks", "seeds"], [
-        [{"ar": "AR weights", "random": "random weights"}[w["student"]],
-         states[w["states"]] + ", a tenth" * (w["fraction"] < 1), targets[w["target"]], str(w["steps"]),
-         f"{same[0]['text_tokens'] / 1e6:.2f}", f"{same[0]['student_tokens'] / 1e6:.2f}", stated(same, spread(4)),
-         stated(same, spread(2)), stated(same, spread(4, "known_words")), stated(same, gap(0)), stated(same, gap(1)),
-         str(len(same))] for w in rows for same in [chosen(runs, **w)]])
-
-
-def text_needed(kept):
-    """Text that a student of the AR weights needs to write as well as 4000 updates from random weights make one."""
-    runs, rows = chosen(on_docs(kept), fraction=1), []
-    level, start = mean_of(runs, spread(4), student="random", steps=4000)[0], 500 * 32 * 64 / 1e6          # the AR model's own
-    for label, (_, way) in WAYS.items():
-        points = [(math.log(n), mean_of(runs, spread(4), steps=n, **way)[0]) for n in
-                  sorted({r["steps"] for r in chosen(runs, **way)})]
-        (m, high), (n, low) = next((pair for pair in zip(points, points[1:]) if pair[1][1] <= level))
-        updates = math.exp(m + (n - m) * max(0, high - level) / (high - low))                # between two points of the figure
-        text = updates * 512 / 1e6
-        rows.append([label, f"{text:.2f}", f"{4000 / updates:.1f}", f"{4000 * 512 / 1e6 / (text + start):.1f}"])
-    return markdown([f"for judge NLL {level:.2f}", "millions of tokens of text", "times less", "the AR model's text counted"], rows)
-
-
-def sums(kept):
-    """Which share of sums is right, by tokens a step."""
-    runs = chosen(kept["runs"], data="arithmetic", lr=0.02)
-    ways = {"plain": dict(target="onehot"), "causal, random masks": dict(states="data", target="prefix"),
-            "OPDLM": dict(states="rollout", target="prefix"), "TCS on rollouts": dict(states="rollout", target="topk")}
-    right = lambda way: lambda r: 100 * r["rows"][way]["last_word"]
-    return markdown(["", "updates", "1", "2", "4", "threshold 0.9", "seeds"], [
-        [name, str(n), *(stated(same, right(w), 1) + "%" for w in ("spread 4", "spread 2", "spread 1", "threshold 0")),
-         str(len(same))] for name, way in ways.items() for n in sorted({r["steps"] for r in chosen(runs, **way)})
-        for same in [chosen(runs, steps=n, **way)]])
-
-
-def equal_quality(kept):
-    """Sums: what texts cost an AR model with its cache, and a student that writes in blocks of 8; means over seeds."""
-    lines = {}
-    for r in kept["rows"]:
-        alike = chosen(kept["rows"], **{k: r.get(k) for k in ("length", "who", "order", "threshold")})
-        mean = lambda key, form: format(mean_of(alike, lambda r: r[key])[0], form)
-        who = r["who"] + (f", `{r['order']}`, threshold {r['threshold']:g}" if "threshold" in r else "")
-        nll = stated(alike, lambda r: r["judge_nll"], 3) if len(alike) > 1 else f"{r['judge_nll']:.3f} ± {r['judge_se']:.3f}"
-        seconds = [format(r[key][0], form) if key in r else "" for key, form in (("seconds_1", ".3f"), ("seconds_32", ".2f"))]
-        lines.setdefault((r["length"], who), [str(r["length"]), f"{who} [{len(alike)}]", mean("calls", ".0f"),
-                                              mean("right", ".1%"), nll, mean("entropy", ".3f"), *seconds])
-    return markdown(["letters", "[seeds]", "calls", "sums right", "judge NLL", "entropy", "seconds: one text", "32 texts"],
-                    lines.values())
-
-
-def found():
-    """The three methods, each beside its controls at equal updates: the README's one table."""
-    few, sdtt, tcs, kept = read("few-steps")["rows"], read("sdtt")["rows"], chosen(read("tcs"), group="share"), read("opdlm")
-    nll, bound = lambda r: r["judge_nll"], lambda r: r["test_nats_per_char"]
-    runs, long, one = chosen(on_docs(kept), steps=1000), chosen(on_docs(kept), steps=4000), dict(fraction=1)
-    plain, causal, opdlm = (way for _, way in (WAYS["plain"], WAYS["prefix (causal, random masks)"], WAYS["OPDLM"]))
-    whole = chosen(kept["runs"], data="docs", block=0, steps=1000)
-    free = chosen(tcs, states="teacher")
-    lines = [                                                   # question; value; the method; its controls
-        ("order; `plain`, one block of 64", nll, ("`spread`, 8 calls", chosen(few, who="denoiser", order="spread", steps=8)),
-         [("ancestral, 64 steps, 41 calls", chosen(few, order="ancestral", steps=64))]),
-        ("no text but the teacher's: bound", bound, ("`tcs --states teacher`", chosen(free, target="topk")),
-         [("`sequence`", chosen(free, target="onehot")), ("`plain` on 40% of the text", chosen(tcs, fraction=0.4, target="onehot"))]),
-        ("all the text: bound", bound, ("`tcs`", chosen(tcs, states="data", target="topk", **one)),
-         [("`plain`", chosen(tcs, states="data", target="onehot", **one))]),
-        ("64 steps made 8, ancestral", nll, ("`sdtt`", chosen(sdtt, order="ancestral", steps=8, **TVD)),
-         [("its teacher in 8", chosen(few, who="denoiser", order="ancestral", steps=8))]),
-        ("64 steps made 4, `spread`", nll, ("`sdtt`", chosen(sdtt, order="spread", steps=4, **TVD)),
-         [("its teacher in 4", chosen(few, who="denoiser", order="spread", steps=4))]),
-        ("1000 updates", spread(4), ("`opdlm`", chosen(runs, **opdlm, **one)),
-         [("`prefix`", chosen(runs, **causal, **one)), ("`plain`", chosen(runs, **plain, **one))]),
-        ("4000 updates", spread(4), ("`opdlm`", chosen(long, **opdlm)),
-         [("`prefix`", chosen(long, **causal)), ("`plain`", chosen(long, **plain)),
-          ("`tcs`", chosen(long, states="data", target="topk"))]),
-        ("1000 updates, a tenth of the text", spread(4), ("`opdlm`", chosen(runs, **opdlm, fraction=0.1)),
-         [("`prefix`", chosen(runs, **causal, fraction=0.1)), ("`plain`", chosen(runs, **plain, fraction=0.1))]),
-        ("1000 updates, one block of 64", spread(64), ("`opdlm`", chosen(whole, states="rollout")),
-         [("`prefix`", chosen(whole, target="prefix", states="data")), ("`plain`", chosen(whole, target="onehot"))])]
-    say = lambda name, rows, value: f"{name} {stated(rows, value, 3 if value is bound else 2)} [{len(rows)}]"
-    return markdown(["", "method [seeds]", "controls"], [
-        [what, say(*method, value), "; ".join(say(*control, value) for control in controls)]
-        for what, value, method, controls in lines])
-
-
-PICTURES = {"results": results}                                                          # of the README
-TABLES = {"main-job": lambda: main_job(read("main-job")), "results": found,
+PICTURES = {"results": results}
+TABLES = {"main-job": lambda: main_job(read("main-job")),
+          "results": found,
           "equal-quality": lambda: equal_quality(read("equal-quality"))}
 
 
 def with_tables(text):
-    """The README's text with its tables as the metrics say: each stands behind a line <!-- table NAME -->."""
+    """A page's text with its tables as the metrics say: each is behind <!-- table NAME -->."""
     return re.sub(r"(<!-- table (\S+) -->\n)(?:\|.*\n)*", lambda m: m[1] + TABLES[m[2]](), text)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE.parent))
+    sys.path.insert(0, str(ROOT))
     from train_teacher import save_figure
     for name, draw in PICTURES.items():
         save_figure(draw(), HERE / f"{name}.png")
-    readme = HERE.parent / "README.md"
-    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
-    print("assets/*.png and the README's tables are drawn from assets/*.json")
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
+    print("the pictures and tables of the pages are drawn from assets/*.json")

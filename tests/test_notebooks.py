@@ -14,36 +14,53 @@ import dlm
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
 
 def code_cells(path):
-    return [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def source(cell):
+    return "".join(cell["source"])
+
+
+def printed(cell):
+    return "".join("".join(output.get("text", "")) for output in cell["outputs"])
+
+
+@each_notebook
 def test_runs_from_top_to_bottom(path, tmp_path):
     script = tmp_path / "notebook.py"
-    script.write_text("\n".join("".join(c["source"]) for c in code_cells(path)), encoding="utf-8")
-    done = subprocess.run([sys.executable, str(script)], cwd=path.parent, capture_output=True, text=True,
-                          env={**os.environ, "DLM_FAST": "1", "MPLBACKEND": "agg", "PYTHONPATH": str(path.parent.parent)})
+    script.write_text("\n".join(map(source, code_cells(path))), encoding="utf-8")
+    fast = {"DLM_FAST": "1", "MPLBACKEND": "agg", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script)], cwd=path.parent,
+                          env={**os.environ, **fast}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@each_notebook
 def test_is_committed_as_it_ran(path):
     cells = code_cells(path)
-    assert [c["execution_count"] for c in cells] == list(range(1, len(cells) + 1))
-    assert not any(o["output_type"] == "error" for c in cells for o in c["outputs"])
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    kinds = {output["output_type"] for cell in cells for output in cell["outputs"]}
+    assert "error" not in kinds
     assert "/tmp" not in path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@each_notebook
 def test_shows_the_functions_as_they_stand(path):
-    for c in code_cells(path):
-        if "getsource" in "".join(c["source"]):
-            shown = "".join("".join(o.get("text", "")) for o in c["outputs"])
-            names = re.findall(r"^(?:def|class) (\w+)", shown, re.MULTILINE)
-            assert names and all(inspect.getsource(getattr(dlm, name)).rstrip() in shown for name in names), names
+    for cell in code_cells(path):
+        if "getsource" in source(cell):
+            names = re.findall(r"^(?:def|class) (\w+)", printed(cell), re.MULTILINE)
+            assert names
+            for name in names:
+                assert inspect.getsource(getattr(dlm, name)).rstrip() in printed(cell), name
 
+
+# --------------------------------------------------------------------------------------------------
+# Pictures and tables of the pages
 
 @pytest.fixture
 def draw(monkeypatch):
@@ -53,19 +70,26 @@ def draw(monkeypatch):
     draw.plt.close("all")
 
 
-def test_each_picture_of_the_readme_is_drawn_from_what_is_kept(draw):
-    shown = re.findall(r"!\[.*?\]\(assets/(\w+)\.png\)", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert sorted(shown) == sorted(draw.PICTURES) == sorted(p.stem for p in (ROOT / "assets").glob("*.png"))
-    for paint in draw.PICTURES.values():
-        for ax in paint().axes:
-            assert ax.get_xlabel() or ax.get_title()
-            assert ax.get_ylabel() and (ax.lines or ax.patches)
-            for line in ax.lines:
-                assert len(line.get_xdata()) and all(abs(float(y)) < 1e9 for y in line.get_ydata())   # no gaps, no NaN
+def text_of_pages(draw):
+    return "\n".join(page.read_text(encoding="utf-8") for page in draw.PAGES)
 
 
-def test_each_table_of_the_readme_says_what_is_kept(draw):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert sorted(re.findall(r"<!-- table (\S+) -->\n\|", readme)) == sorted(draw.TABLES)
-    assert draw.with_tables(readme) == readme
+def test_each_picture_of_the_pages_is_drawn_from_what_is_kept(draw):
+    shown = re.findall(r"!\[[^]]*\]\((?:assets/)?(\w+)\.png\)", text_of_pages(draw))
+    kept = {path.stem for path in (ROOT / "assets").glob("*.png")}
+    assert set(shown) == set(draw.PICTURES) == kept
+    axes = [ax for paint in draw.PICTURES.values() for ax in paint().axes]
+    for ax in axes:
+        assert ax.get_xlabel() or ax.get_title()
+        assert ax.get_ylabel()
+        assert ax.lines or ax.patches
+    for line in (line for ax in axes for line in ax.lines):
+        assert len(line.get_xdata())
+        assert all(abs(float(y)) < 1e9 for y in line.get_ydata())  # no gaps, no NaN
+
+
+def test_each_table_of_the_pages_says_what_is_kept(draw):
+    text = text_of_pages(draw)
+    assert sorted(re.findall(r"<!-- table (\S+) -->\n\|", text)) == sorted(draw.TABLES)
+    assert draw.with_tables(text) == text
     assert "nan" not in "".join(table() for table in draw.TABLES.values())

@@ -1,0 +1,318 @@
+"""What the notebooks add up on small sources: everything that can happen, so that nothing is drawn.
+
+`Counted` stands between `dlm.sample` and an exact source, and counts what is asked (notebook 2).
+`leave_one_out` and `averaged` are targets that an exact source can give (notebook 3). `Sums` has
+all states of a small source, and the best student that each can have (notebooks 4 and 5).
+Shapes: S states, T texts, L letters of a text, V letters to choose from.
+"""
+import math
+
+import torch
+
+import dlm
+
+
+def every(V, L):
+    """All texts of L letters, in alphabetical order: (V ** L, L)."""
+    letters = torch.arange(V)
+    return torch.cartesian_prod(*[letters] * L).view(-1, L)
+
+
+# --------------------------------------------------------------------------------------------------
+# Notebook 2: an exact source in place of a network
+
+class Counted:
+    """An exact source as `dlm.sample` sees a network, with its rows counted.
+
+    texts (T, L): all that the source can write. The first `given` letters of a row are there at
+    the start. error ((V + 1) ** L, L, V): what a bad network adds to the log-probabilities, by the
+    number of the state.
+    """
+
+    def __init__(self, source, texts, given=0, error=None):
+        source.b = source.L
+        self.source = source
+        self.texts = texts
+        self.given = given
+        self.error = error
+        self.rows = 0
+        self.V = source.V
+        self.L = source.L
+        self.b = source.L
+        self.embedding = source.embedding
+        self.law = source.log_prob(texts).exp()                                 # (T,)
+        assert abs(self.law.sum() - 1) < 1e-6                                   # no text is missing
+        self.digit = (self.V + 1) ** torch.arange(self.L)    # z @ digit is the number of state z
+
+    def decode(self, x, z, start, stop, wanted, cache):
+        """As `dlm.Transformer.decode`. Each distinct state is asked once, to save time."""
+        asked = wanted.any(1)
+        self.rows += int(asked.sum())
+        number, row = (z @ self.digit).unique(return_inverse=True)
+        states = number[:, None] // self.digit % (self.V + 1)
+        logp = self.source(states, states)
+        if self.error is not None:
+            logp = (logp + self.error[number]).log_softmax(-1)
+        return logp[row][wanted], None
+
+    def write(self, rows, steps, seed=0, **way):
+        """Texts (rows, L) by `dlm.sample`, and the network calls that each took on average."""
+        self.rows = 0
+        x = []
+        with dlm.seeded(seed):
+            for batch in torch.arange(rows).split(10_000):
+                B = len(batch)
+                z = torch.full((B, self.L), self.V)
+                if self.given:
+                    which = torch.multinomial(self.law, B, replacement=True)
+                    z[:, :self.given] = self.texts[which, :self.given]
+                x.append(dlm.generate(self, B, steps, z, **way))
+        return torch.cat(x), self.rows / rows
+
+    def shares(self, x):
+        """Which share of texts x each possible text has (T,); impossible texts have the rest."""
+        numbers = torch.cat([self.texts, x]) @ self.digit
+        _, place = numbers.unique(return_inverse=True)
+        count = place.bincount()[place[:len(self.texts)]] - 1
+        return count.double() / len(x)
+
+    def tv(self, x):
+        """Total variation of the law of texts x from the source's."""
+        share = self.shares(x)
+        impossible = 1 - share.sum()
+        far = (share - self.law).abs().sum() + impossible
+        return far.item() / 2
+
+    def floor(self, rows, seed=0):
+        """The total variation of as many texts that the source itself draws."""
+        with dlm.seeded(seed):
+            return self.tv(self.source.draw(rows))
+
+
+def branch(L=8):
+    """A given letter of ten, then L that all repeat it or are all the one five further."""
+    first = torch.arange(10)
+    other = (first + 5) % 10
+    kept = torch.cat([first, other])[:, None]
+    texts = torch.cat([first.repeat(2)[:, None], kept.expand(-1, L)], dim=1)    # (20, 1 + L)
+    source = dlm.HiddenMarkov.branch(L + 1)
+    return Counted(source, texts, given=1)
+
+
+def markov(sharp, seed, error=0.0, V=3, L=6):
+    """A random chain of six letters, each one of three; its denoiser is wrong by `error` nats."""
+    source = dlm.HiddenMarkov.markov(V, L, seed, sharp)
+    if not error:
+        return Counted(source, every(V, L))
+    g = torch.Generator().manual_seed(seed)
+    noise = torch.randn((V + 1) ** L, L, V, generator=g)
+    return Counted(source, every(V, L), error=error * noise)
+
+
+# --------------------------------------------------------------------------------------------------
+# Notebook 3: what an exact source can say of a hidden letter
+
+def leave_one_out(source, x):
+    """log c_i(v) for every i and v (B, L, V): the source as a denoiser, with one letter hidden."""
+    L = x.size(1)
+    alone = torch.eye(L, dtype=torch.bool)              # row i hides letter i
+    rows = x[:, None].expand(-1, L, -1)                                         # (B, L, L)
+    z = torch.where(alone, source.V, rows)
+    source.b = L
+    logp = source(rows.reshape(-1, L), z.view(-1, L))
+    source.b = 1
+    return logp.view(*rows.shape, -1)[:, alone]
+
+
+def averaged(source, student, x, z, S=4):
+    """c_i averaged over S completions of z: goes towards p_T(x_i | z) as S grows. (B, L, V)
+
+    The student draws a completion with probability q. Its weight is p_T(x_{!=i}) / q(hidden but i).
+    """
+    x = x.repeat(S, 1)                                                          # (S B, L)
+    z = z.repeat(S, 1)
+    hidden = z == source.V
+    with torch.no_grad():
+        log_q = student(x, z).double()
+    drawn = dlm.categorical(log_q.exp(), torch.rand(x.shape))
+    y = torch.where(hidden, drawn, x)
+    log_c = leave_one_out(source, y)
+    log_p = source.log_prob(y)[:, None] - of_text(log_c, y)                     # p_T(x_{!=i})
+    log_q = of_text(log_q, y) * hidden
+    others = log_q.sum(1, keepdim=True) - log_q                                 # q(hidden but i)
+    weighted = log_c + (log_p - others)[..., None]
+    return weighted.view(S, -1, *weighted.shape[1:]).logsumexp(0).softmax(-1)
+
+
+def of_text(table, x):
+    """What a table (B, L, V) says of the letters of x (B, L): (B, L)."""
+    return table.gather(2, x[..., None])[..., 0]
+
+
+# --------------------------------------------------------------------------------------------------
+# Notebooks 4 and 5: all states, and the best student
+
+class Sums:
+    """All states that a sampler with blocks of b can meet in texts of L letters.
+
+    In the last state all is hidden but the letters `given`, which are never hidden. log_prob(texts)
+    is the source. A model is a table p (S, L, V): what it says of each letter in each state.
+    """
+
+    def __init__(self, log_prob, V, L, b=None, given=()):
+        self.V = V
+        free = L - len(given)
+        self.texts = behind(given, every(V, free))                              # (T, L)
+        z = behind(given, every(V + 1, free))
+        hidden = z == V
+        block = torch.arange(L) // (b or L)
+        now = torch.where(hidden, block, L).amin(1, keepdim=True)  # the block that is being written
+        met = (hidden | (block <= now)).all(1)                     # all that lies right is hidden
+        self.z = z[met]                                                         # (S, L)
+        self.hidden = hidden[met]
+        self.open = self.hidden & (block == now[met])              # what may be revealed next
+        self.done = ~self.hidden.any(1)                            # states that are whole texts
+        self.pairs = self.may_become(self.z).nonzero().T           # state, later state  (2, P)
+
+        self.law = log_prob(self.texts).softmax(0)                              # (T,)
+        self.likely = self.may_become(self.texts) * self.law                    # (S, T)
+        self.possible = self.likely.sum(1) > 0                     # in some text of the source
+        one_hot = dlm.one_hot(self.texts, V).to(self.law)
+        uniform = self.law.new_full((*self.z.shape, V), 1 / V)
+        self.true = self.mean(self.likely, one_hot, uniform)       # the true denoiser
+
+    def may_become(self, z):
+        """Which of states or texts z (n, L) show all that each state shows: (S, n)."""
+        same = self.z[:, None] == z
+        return (same | self.hidden[:, None]).all(2)
+
+    def mean(self, weight, target, p):
+        """The best table by forward KL for targets (T, L, V) of texts, weight (S, T) in each state.
+
+        That is their mean. Where no text has weight, or a letter is seen, it is p.
+        """
+        total = torch.einsum("st,tlv->slv", weight, target.nan_to_num(0))
+        mass = total.sum(-1, keepdim=True)
+        known = (mass > 0) & self.hidden[..., None]
+        return torch.where(known, total / mass.clamp(min=1e-300), p)
+
+    # Writing with a table.
+
+    def drawn(self, p):
+        """What p says of the letters of the later state of each pair: (P, L)."""
+        before, after = self.pairs
+        letters = self.z[after].clamp(max=self.V - 1)
+        return of_text(p[before], letters)
+
+    def matrix(self, chance):
+        """The chances (P,) of pairs of states as a matrix (S, S)."""
+        S = len(self.z)
+        return chance.new_zeros(S, S).index_put(tuple(self.pairs), chance)
+
+    def ancestral_step(self, p, share):
+        """Probability (S, S) of each next state: a hidden letter is revealed with this share."""
+        before, after = self.pairs
+        revealed = share * self.drawn(p)
+        each = torch.where(self.hidden[after], 1 - share, revealed)
+        each = each.where(self.hidden[before], 1.0)
+        return self.matrix(each.prod(1))
+
+    def ancestral(self, p, N):
+        """The law (T,) of what N ancestral steps write when all is hidden."""
+        at = p.new_zeros(len(self.z))
+        at[-1] = 1
+        for n in range(N):
+            at = at @ self.ancestral_step(p, 1 / (N - n))
+        return at[self.done]
+
+    def one_by_one(self, p, order="random"):
+        """The law of the finished text from each state (S, T), written one letter at a time."""
+        before, after = self.pairs
+        new = self.hidden[before] & ~self.hidden[after]
+        chance = (new * self.turn(p, order)[before] * self.drawn(p)).sum(1)
+        chance = chance.where(new.sum(1) == 1, 0.0)
+        chance = chance.where(~self.done[before], 1.0)             # a whole text stays
+        step = self.matrix(chance)
+        return torch.linalg.matrix_power(step, self.z.size(1))[:, self.done]
+
+    def turn(self, p, order):
+        """The chance (S, L) that a letter comes next. Where two are equally early, it is either."""
+        if order == "random":
+            late = torch.zeros_like(p[..., 0])
+        if order == "left":
+            late = torch.arange(p.size(1)).expand(p.shape[:2])
+        if order == "surest":
+            late = torch.special.entr(p).sum(-1)
+        late = late.double().masked_fill(~self.open, math.inf)
+        first = self.open & (late < late.amin(1, keepdim=True) + 1e-6)
+        number = first.sum(1, keepdim=True).clamp(min=1)
+        return first / number.to(p)
+
+    # SDTT: the best student of a table (notebook 4).
+
+    def met(self, p, N, k):
+        """Weight (S, S): how often a target in the first state is what p says in the second.
+
+        The states are those of `dlm.hide_at_step_times`, and the steps those of `dlm.sdtt`.
+        """
+        hidden = self.hidden.sum(1)
+        seen = hidden.max() - hidden
+        total = 0
+        for m in range(1, N // k + 1):
+            t = m * k / N
+            at = torch.diag(t ** hidden * (1 - t) ** seen * self.possible)
+            for j in range(k):
+                left = t - j / N
+                share = min(1.0, 1 / N / left) if left > 0 else 1.0
+                counted = 1.0 if j == k - 1 else share             # revealed now, or the last step
+                total = total + counted * at
+                at = at @ self.ancestral_step(p, share)
+        return total
+
+    def student(self, p, N, kind, k=2, start=None, updates=300):
+        """The best student of N / k steps of the table p of N, by descent on `dlm.divergence`.
+
+        It starts from p, or from another table. Where no state is met it stays p.
+        """
+        before, after = self.pairs
+        weight = self.met(p, N, k)[before, after]
+        weight = weight[:, None] * self.hidden[after]                           # (P, L)
+        mass = weight.new_zeros(self.z.shape).index_add(0, before, weight)      # (S, L)
+        weight = weight / mass[before].clamp(min=1e-300)
+
+        def loss(log_q):
+            far = dlm.divergence(p[after], log_q[before], kind)
+            return (weight * far).sum()
+
+        q = descend(loss, p if start is None else start, updates)
+        return torch.where(mass[..., None] > 0, q, p)
+
+    # OPDLM: a table that learns from what it writes (notebook 5).
+
+    def on_policy(self, target, p, order="random", most=200):
+        """Round after round of rollouts and targets (T, L, V), from p on; yields each table."""
+        for _ in range(most):
+            yield p
+            old = p
+            p = self.mean(self.one_by_one(p, order), target, p)
+            if (p - old).abs().max() < 1e-9:
+                break
+        yield p
+
+
+def behind(given, rows):
+    """Rows of letters, each behind the letters `given`."""
+    given = rows.new_tensor(given).expand(len(rows), -1)
+    return torch.cat([given, rows], dim=1)
+
+
+def descend(loss, p, updates, lr=0.3):
+    """The table that minimises loss(log q), from p on, by Adam with a rate that falls to zero."""
+    logits = p.log().requires_grad_()
+    adam = torch.optim.Adam([logits], lr)
+    for i in range(updates):
+        adam.param_groups[0]["lr"] = lr * (1 - i / updates)
+        adam.zero_grad()
+        loss(logits.log_softmax(-1)).backward()
+        adam.step()
+    return logits.detach().softmax(-1)
