@@ -40,12 +40,13 @@ SHARES = {"tcs": 0.4, "sdtt": 0.08, "opdlm": 0.15}   # of --updates, with --meth
 JUDGED = 256        # texts a row of the table; their NLL has a sampling error of .02 nats per token
 STEPS = (1, 2, 4, 8, 16, 32, 64)
 FLOOR = 0.9         # of held-out text's entropy: what a student writes should not fall below it
-COLLAPSED = 1000    # nats, added to the loss of a student below that floor
+COLLAPSED = 20      # nats, added to the validation of a student below that floor
 
 
 @dataclass
 class Options(train_teacher.RunOptions):
-    method: str = option("all", "states and target; all: tcs, sdtt from its student, opdlm",
+    method: str = option("all", "states and target; all: tcs, sdtt from its student, and opdlm, "
+                         "with .4, .08 and .15 of --updates and a quarter of --texts",
                          ("all", *METHODS))
     states: str = option("", "data: masked text; teacher: masked texts by the teacher; "
                          "rollout: the student's own blocks; whole: its texts; empty: the method's",
@@ -123,7 +124,7 @@ def halves(o, teacher, earlier_self, kept):
         return dlm.dense(*(a[s.rows] for a in kept), V)
 
     def later(s):
-        return dlm.sdtt(earlier_self, s.x, s.z, s.t, 1 / o.first, o.k)
+        return dlm.sdtt(earlier_self, s.x, s.z, s.t, 1 / o.first, o.k)     # o.first: its own steps
 
     states = {"data": data, "teacher": data, "sampled": sampled, "rollout": rollout, "whole": whole}
     targets = {"onehot": onehot, "prefix": prefix, "later": later}
@@ -140,8 +141,8 @@ def choose_method(o):
     goes_with = {"sampled": ("later",), "rollout": ("prefix",),
                  "whole": ("prefix", *dlm.ESTIMATORS)}
     if o.target not in goes_with.get(o.states, ("onehot", "prefix", *dlm.ESTIMATORS)):
-        raise UserError(f"--states {o.states} --target {o.target}: do not go together; rollout wants "
-                        "prefix, whole wants prefix or a TCS target, sdtt has both of its own")
+        raise UserError(f"--states {o.states} --target {o.target}: do not go together; rollout "
+                        "wants prefix, whole prefix or a TCS target; sdtt needs neither option")
     return o
 
 
@@ -164,6 +165,7 @@ def score_texts(o, teacher, texts, b):
     """The concrete scores of all texts, once: candidates and probabilities (n, L, K)."""
     print(f"the teacher scores {len(texts)} texts, once", flush=True)
     at_once = 4 if texts.device.type == "cpu" else 64           # a CPU's cache is small
+    at_once = max(1, at_once * 64 // texts.size(1))             # and memory is, for long texts
     batches = tqdm(texts.split(at_once), "scoring", leave=False, disable=None)
     v, c = zip(*(dlm.tcs(teacher, x, b, o.target, o.candidates) for x in batches))
     return torch.cat(v), torch.cat(c)
@@ -232,8 +234,12 @@ def plot_quality(rows):
     for ax, (key, label) in zip(axes, labels.items()):
         for r, style in zip(rows[:2], (":", "--")):
             ax.axhline(r[key], color="0.5", linestyle=style, label=r["what"])
-        for r, marker in zip(rows[2:], "os^vD<>*px"):
-            ax.plot(r["calls"], r[key], "k" + marker, markerfacecolor="none", label=r["what"])
+        lines = {}
+        for r in rows[2:]:
+            name = r["what"].split(",")[0] + ", " + r.get("order", "threshold")
+            lines.setdefault(name, []).append((r["calls"], r[key]))
+        for (name, points), marker in zip(lines.items(), "os^vD<"):
+            ax.plot(*zip(*points), "k-" + marker, markerfacecolor="none", label=name)
         ax.set(xlabel="network calls for a text", ylabel=label)
     axes[1].legend(fontsize=6)
     return fig
@@ -303,7 +309,7 @@ def run(o, ckpt=None):
     start = time.time()
     method = Distillation(o, teacher, student, corpus)
     more = {"teacher": str(path), "teacher_seconds": time.time() - start}   # writing, scoring
-    with dlm.seeded(0), dlm.counting(student) as count:
+    with dlm.seeded(0), dlm.counting(student) as count:         # what one batch costs
         method.batch_loss(student)
     more["student_tokens"] = o.updates * count["slots"]
     trainer = train_teacher.fit(o, folder, student, corpus, method.batch_loss, ckpt,
@@ -322,7 +328,9 @@ def report(o, folder, trainer, teacher, judge, corpus, more):
         more["gap"] = dlm.inference_gap(model, teacher, held, most, o.order)
         print("\nKL from the AR teacher: {:.3f} nats per token on states that the student visits, "
               "{:.3f} on random masks".format(*more["gap"]))
-    train_teacher.report(o, folder, trainer, model, corpus, table=rows, **more)
+    by_bound = o.states in ("data", "teacher")
+    train_teacher.report(o, folder, trainer, model, corpus, table=rows,
+                         validated=None if by_bound else "divergence from the target", **more)
     train_teacher.save_figure(plot_quality(rows), folder / "quality.png")
     for row in (rows[1], rows[-1]):
         print(f"\n{row['what']}, the first four texts of seed 0:")
@@ -334,6 +342,7 @@ def report(o, folder, trainer, teacher, judge, corpus, more):
 
 def finish(o, folder):
     """Runs into the folder, or goes on there; a finished run stays as it is -> the folder."""
+    folder = str(Path(folder))                                  # as a run keeps it
     o = dataclasses.replace(o, out=folder)
     ckpt = None
     if Path(folder, "checkpoint.pt").exists() and not o.overwrite:
@@ -383,7 +392,13 @@ def main_job(o):
         name = "states" if o.states else "target"
         raise UserError(f"--{name} {vars(o)[name]}: every method has its own; "
                         "name one with --method")
-    print("a teacher, a judge, then TCS, SDTT and OPDLM: 4 to 8 minutes on 2 cores", flush=True)
+    L = train_teacher.Options().context
+    if o.teacher:
+        L = train_teacher.load(o.teacher, "--teacher")[0].L
+    if L % (o.block or L):
+        raise UserError(f"--block {o.block}: does not divide the context of {L}, as opdlm needs")
+    print("a teacher, a judge, then TCS, SDTT and OPDLM: 4 to 8 minutes on 2 cores with the "
+          "defaults", flush=True)
     folder = o.out or "runs/" + train_teacher.run_name(o, "all", f"-b{o.block}")
     parts = {method: dataclasses.replace(o, method=method, texts=max(16, o.texts // 4),
                                          updates=max(1, round(o.updates * share)))

@@ -73,7 +73,7 @@ def attends(position_q, clean_q, position_k, clean_k, b):
     block_q = position_q[:, None] // b
     block_k = position_k // b
     earlier_clean_block = clean_k & (block_k < block_q)
-    other_stream = clean_q[:, None] ^ clean_k              # `==` of booleans does not compile
+    other_stream = clean_q[:, None] ^ clean_k              # torch.compile fails on `==` here
     own_block_and_stream = ~other_stream & (block_k == block_q)
     return earlier_clean_block | own_block_and_stream
 
@@ -216,9 +216,10 @@ class Transformer(nn.Module):
         wanted (B, stop - start). The n answers come row after row. They equal those of model(x, z),
         but clean slots run once. Cache None: an empty one, or none where there are no clean slots.
 
-        The slots of a call: clean ones that are not in the cache yet, then the noisy ones of
-        start..stop-1. Only the clean ones stay, since the next call overwrites what lies behind
-        them.
+        The slots of a call are the clean ones that are not in the cache yet, then the noisy ones.
+        An AR model has n_clean = stop and no noisy slots; for one block n_clean = start; for all
+        blocks at once, start = 0, it is L - b. Only clean slots stay in the cache: the next call
+        overwrites what lies behind them.
         """
         b = self.b
         if b >= x.size(1):                                 # no cache: leave idle rows out
@@ -252,9 +253,9 @@ class Transformer(nn.Module):
         L = x.size(1)
         position = torch.arange(L, device=x.device)
         old = self.embedding(self.shift(x))
-        new = F.pad(e[:, :-1], (0, 0, 1, 0))  # slot i holds y_{i-1},
+        # Slot i holds y_{i-1}, but the first slot of a block holds x_{i-1}.
         begins_block = (position % b == 0)[:, None]
-        new = torch.where(begins_block, old, new)  # a block's first x_{i-1}
+        new = torch.where(begins_block, old, F.pad(e[:, :-1], (0, 0, 1, 0)))
         position = position.repeat(2)
         is_old = torch.arange(2 * L, device=x.device) < L
         causal = position <= position[:, None]
@@ -297,7 +298,7 @@ class Transformer(nn.Module):
 # States and the loss: what to hide, and the one thing that every method minimises
 
 def stratified(B, n, device):
-    """Uniform numbers (B, n). Cut [0, 1) into B equal parts: each column has one number in each."""
+    """Uniform numbers (B, n). Those of a column lie 1 / B apart, in random order."""
     permutation = torch.rand(B, n, device=device).argsort(0)
     return (permutation + torch.rand(n, device=device)) / B
 
@@ -327,8 +328,7 @@ def hide(x, b, mask):
 def token_weights(hidden, b):
     """Weight of each hidden token (B, L): block length / number hidden in its block / L.
 
-    Hence the mean over the hidden tokens of a block, times its length, summed over blocks, per
-    token.
+    So a weighted sum is the mean over the hidden tokens of each block, averaged over the text.
     """
     L = hidden.size(1)
     in_blocks = cut_blocks(hidden.float(), b)                                   # (B, n, b)
@@ -409,17 +409,17 @@ def suffix_log_prob(teacher, x, cache, candidates, b):
     L = x.size(1)
     out = teacher.embedding.weight.new_zeros(candidates.shape)
     for place in range(min(b, L) - 1):
-        i = torch.arange(place, L - 1, b, device=x.device)                    # (n,)
         W = min(b, L) - 1 - place
-        after = i[:, None] + 1 + torch.arange(W, device=x.device)             # (n, W)
-        inside = (after < L)[:, None]                 # of the last block, which may be shorter
-        suffix = x[:, after.clamp(max=L - 1)]                                 # (B, n, W)
-        parts = []
         group = max(1, 64 // W)                       # side by side they attend to (group W)² slots
-        for v in candidates[:, i].split(group, dim=-1):                       # (B, n, G)
-            said = continuation_log_prob(teacher, cache, i + 1, v, suffix)    # (B, n, G, W)
-            parts.append(said.where(inside, 0).sum(-1))
-        out[:, i] = torch.cat(parts, dim=-1)
+        for i in torch.arange(place, L - 1, b, device=x.device).split(16):    # (n,), to save memory
+            after = i[:, None] + 1 + torch.arange(W, device=x.device)         # (n, W)
+            inside = (after < L)[:, None]             # of the last block, which may be shorter
+            suffix = x[:, after.clamp(max=L - 1)]                             # (B, n, W)
+            parts = []
+            for v in candidates[:, i].split(group, dim=-1):                   # (B, n, G)
+                said = continuation_log_prob(teacher, cache, i + 1, v, suffix)
+                parts.append(said.where(inside, 0).sum(-1))                   # (B, n, G)
+            out[:, i] = torch.cat(parts, dim=-1)
     return out
 
 
@@ -453,8 +453,9 @@ def concrete_score(teacher, x, b, estimator="topk", K=16):
     grad+topk  scores the K of the highest gradient score
     grad       the gradient score: log p_T(v | x_<i) + <∇_{e_i} log p_T(suffix), E_v - E_{x_i}>
 
-    Where x_i is not among the K candidates the result is one-hot x_i. The candidates of topk
-    depend on x_<i only, so for every K the mean over x ~ p_T(x | z) is p_T(x_i | z).
+    Where x_i is not among the K candidates the result is one-hot x_i. Over x ~ p_T(x | z) that
+    happens with just the probability that the candidates lack. So for topk, whose candidates
+    depend on x_<i only, the mean is p_T(x_i | z) for every K.
     """
     V = teacher.V
     prior, cache = teacher.prefill(x)                                           # log p_T(v | x_<i)
@@ -489,7 +490,7 @@ def tcs(teacher, x, b, estimator="topk", K=16):
 
 
 def log_normalised(score):
-    """Log-probabilities (.., V) from scores. Impossible evidence, all -inf: uniform, not NaN."""
+    """Log-probabilities (.., V) from scores. Impossible evidence (all -inf) gives uniform ones."""
     impossible = (score == -math.inf).all(-1, keepdim=True)
     return score.masked_fill(impossible, 0.0).log_softmax(-1)
 
@@ -579,8 +580,8 @@ def rollout(model, x, steps=0, order="spread", whole=False):
     B, L = x.shape
     b = model.b
     if order not in ORDERS or order == "ancestral":
-        raise UserError(f"--order {order}: a rollout reveals equally many tokens a step; "
-                        f"use {', '.join(ORDERS[1:])}")
+        raise UserError(f"--order {order}: rollouts take {', '.join(ORDERS[1:])}; "
+                        "an ancestral step may reveal nothing")
     if L % b:
         raise UserError(f"--block {b}: does not divide the context of {L}, as rollouts need")
     n_blocks = L // b
@@ -591,13 +592,14 @@ def rollout(model, x, steps=0, order="spread", whole=False):
         prompt = (stratified(B, 1, x.device) * L).long()
         begin = torch.where(torch.arange(L, device=x.device) < prompt, x, model.V)
         states = torch.stack(list(sample(model, begin, steps, order)))  # (1 + n_blocks N, B, L)
-        first_state = N * torch.arange(n_blocks, device=x.device)             # of each block
+        first_state = N * torch.arange(n_blocks, device=x.device)   # each block adds N states
     else:
         begin = x.new_full((B * n_blocks, b), model.V)
         states = list(sample(BlocksAtOnce(model, x), begin, steps, order))
         states = torch.stack(states).view(N + 1, B, L)
         first_state = 0
     model.train(training)
+    # A block takes as many steps as tokens are hidden in it, and at most N.
     n_states = (states[0] == model.V).view(B, n_blocks, b).sum(-1).clamp(max=N)
     step = (stratified(B, n_blocks, x.device) * n_states).long().clamp(max=N - 1)
     chosen = (first_state + step).repeat_interleave(b, dim=1)                 # (B, L)
@@ -608,7 +610,7 @@ def rollout(model, x, steps=0, order="spread", whole=False):
 # The sampler
 
 ORDERS = ("ancestral", "random", "left", "confidence", "entropy", "spread")
-TIE = 0.01      # tokens whose sureness differs by less come in random order; rounding errs by less
+TIE = 0.01      # nats; chance may outweigh such a difference, so float32's error decides nothing
 
 
 def categorical(p, u):
@@ -682,11 +684,11 @@ def sample(model, z, steps=0, order=None, threshold=0.0, noise=None, **warping):
     confidence, entropy  the surest, by likeliest token or entropy  equally many
     spread               the surest, by entropy                     one of each stretch of `steps`
 
-    With a threshold, a step reveals the first in order (`left` unless told) and all that are at
-    least so sure. Given tokens never change; those right of a block are seen only if b = L. An AR
-    model has blocks of one token, so this is ordinary generation. Beyond the context the text goes
-    on in windows that see the last half context. noise (B, T, 2): uniforms, so that a row can be
-    had again.
+    With a threshold, `steps` do not count: a step reveals the first in order (`left` unless told)
+    and all that are at least so sure. Given tokens never change; those right of a block are seen
+    only if b = L. An AR model has blocks of one token, so this is ordinary generation. Beyond the
+    context the text goes on in windows that see the last half context. noise (B, T, 2): uniforms,
+    so that a row can be had again.
     """
     order = order or ("left" if threshold else "spread")
     if order not in ORDERS:
@@ -760,13 +762,14 @@ class Schedule:
     def score(self, sure):
         """The order, as a number for each token.
 
-        Where all is hidden the network is equally sure of all tokens. Chance decides, not rounding.
+        With nothing to the left and all hidden the network is equally sure of all tokens. Then
+        chance decides, and not rounding.
         """
         if self.order == "random":
             return self.shuffle
         if self.order == "left":
             return -torch.arange(sure.size(1), device=sure.device).expand_as(sure).to(sure)
-        return sure + TIE * self.shuffle
+        return sure.log() + TIE * self.shuffle
 
 
 def generate(model, B, steps=0, given=None, **way):
@@ -780,7 +783,8 @@ def generate(model, B, steps=0, given=None, **way):
 
 
 # --------------------------------------------------------------------------------------------------
-# Exact sources: hidden Markov chains that answer the same calls as a Transformer
+# Exact sources: hidden Markov chains that answer the same calls as a Transformer. Tests and
+# notebooks check everything with them; skip them on a first reading.
 
 class HiddenMarkov(nn.Module):
     """p(s_0) = start, p(s_{i+1} | s_i) = trans, p(x_i | s_i) = emit: every conditional is exact.
@@ -894,7 +898,7 @@ def scaled(p):
 
 
 def normalised(p):
-    """Sums to 1. Impossible evidence, all 0: uniform, not NaN."""
+    """Sums to 1. Impossible evidence (all 0) gives the uniform one."""
     possible = p.sum(-1, keepdim=True) > 0
     return torch.where(possible, scaled(p), 1 / p.size(-1))
 
@@ -910,7 +914,7 @@ def generators():
 
 
 def set_random_state(states):
-    """states: of each of `generators`, as a checkpoint keeps them."""
+    """Sets the state of each of `generators`, as a checkpoint keeps them."""
     for g, state in zip(generators(), states):
         g.set_rng_state(state.cpu())
 

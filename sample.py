@@ -205,7 +205,7 @@ def passages(corpus, n=256):
     word = r"=\w+" if corpus.name == "arithmetic" else r"\w+"
     ends = [match.end() for match in re.finditer(word, held_out)]
     ends = ends[len(ends) // 10:]  # each has something before it
-    return [held_out[:end] for end in ends[::len(ends) // n + 1]]
+    return [held_out[:end] for end in ends[::max(1, -(-len(ends) // n))]]
 
 
 def last_word_accuracy(model, passages, tokenizer, temperature=0, **way):
@@ -257,7 +257,7 @@ def compare(entrants, judge, corpus, B, seed=0):
     for what, model, way in entrants:
         with dlm.seeded(seed):
             row, x = dlm.judge_sampling(model, B, judge, train_text, **way)
-        row["last_word"] = last_word_accuracy(model, ends, corpus.tokenizer, **way)
+            row["last_word"] = last_word_accuracy(model, ends, corpus.tokenizer, **way)
         for size in (1, 32):
             row[f"seconds_{size}"] = timed(lambda: dlm.generate(model, size, **way).cpu())
         row["samples"] = [corpus.tokenizer.decode(text) for text in x[:4]]
@@ -285,6 +285,8 @@ def print_rows(rows, header=None):
 
 def bench(o):
     """Each model by each order and number of steps: a table, and bench.json."""
+    if not o.judge:
+        raise UserError("--bench: wants a judge; name an AR run with --judge")
     judge, tokenizer, ckpt = load(o.judge, "--judge", o.device)
     if judge.b != 1:
         raise UserError(f"--judge {o.judge}: a diffusion model; name an AR one")

@@ -325,7 +325,7 @@ class Trainer:
 
     def state(self):
         return {**{name: getattr(self, name) for name in self.PLAIN},
-                "model": self.model.state_dict(), "ema": self.ema,
+                "loss_sum": float(self.loss_sum), "model": self.model.state_dict(), "ema": self.ema,
                 "optimizers": [o.state_dict() for o in self.optimizers],
                 "random": [g.get_rng_state() for g in dlm.generators()]}
 
@@ -365,7 +365,7 @@ class Trainer:
         for name, w in self.model.state_dict().items():
             self.ema[name].lerp_(w, 1 - decay)
         self.done += 1
-        self.loss_sum += loss.detach()
+        self.loss_sum = self.loss_sum + loss.detach()
         return loss.detach()
 
     def record(self, validation):
@@ -389,18 +389,21 @@ class Trainer:
         interrupted = []
         before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
         bar = tqdm(total=self.updates, initial=self.done, unit="update", disable=None)
-        validation = "-"  # none yet
+        validation = self.history[-1][3] if self.history else "-"
         begun = self.done
-        seconds_before = self.seconds
+        fastest = math.inf
         start = time.time() - self.seconds
         self.model.train()
         try:
             while self.done < self.updates:
+                before_it = time.time()
                 loss = self.update(batch_loss)
                 self.seconds = time.time() - start
+                fastest = min(fastest, time.time() - before_it)
                 if self.done == begun + 5:
-                    each = (self.seconds - seconds_before) / 5
-                    tqdm.write(f"about {each * (self.updates - self.done) / 60:.1f} minutes")
+                    minutes = fastest * (self.updates - self.done) / 60
+                    tqdm.write(f"about {minutes:.1f} minutes")
+                    sys.stdout.flush()
                 validated = self.done % every == 0 or self.done == self.updates
                 if validated:
                     validation = validate(self.averaged(self.ema))
@@ -694,7 +697,8 @@ def resumed(o, argv):
         Trainer(model, 1, 0.0).load(ckpt["trainer"])
         kept = type(o)(**ckpt["options"])
     except Exception:  # of another script or version, or broken
-        raise UserError(f"--resume {path}: not a run of this script and its version") from None
+        raise UserError(f"--resume {path}: not a run of this script and its version; "
+                        "--overwrite makes it anew") from None
     return dataclasses.replace(kept, out=folder, resume=folder, device=o.device), ckpt
 
 
@@ -726,8 +730,11 @@ def fit(o, folder, model, corpus, batch_loss, ckpt=None, validate=None):
     return trainer
 
 
-def report(o, folder, trainer, model, corpus, **more):
-    """The bound on the test part, metrics.json and loss.png; `more` goes into the metrics."""
+def report(o, folder, trainer, model, corpus, validated=None, **more):
+    """The bound on the test part, metrics.json and loss.png; `more` goes into the metrics.
+
+    validated: what the validation was of, if not of the bound.
+    """
     device = model.embedding.weight.device
     held = consecutive(corpus.parts["test"], model.L).to(device)
     repeats = 1 if model.b == 1 else TEST_REPEATS
@@ -743,7 +750,7 @@ def report(o, folder, trainer, model, corpus, **more):
                "test_nats_per_token": test, "test_se": se, "test_nats_per_char": per_char, **more}
     write_json(folder / "metrics.json", metrics)
     kind = "NLL" if model.b == 1 else "bound on the NLL"
-    draw_history(trainer.history, kind, folder)
+    draw_history(trainer.history, validated or kind, folder)
     print(f"test, {kind}: {test:.3f} ± {se:.3f} nats per token, {per_char:.3f} per character; "
           f"trained in {trainer.seconds:.0f} s")
 

@@ -116,10 +116,13 @@ def main_job(kept):
         if "order" in r:
             method = name.split(",")[0]
             name = f"**{method}**, {r['steps']} step{'s' * (r['steps'] > 1)} a block"
-        calls = f"{r['calls']:.0f}" if "calls" in r else ""
-        numbers = [f"{r[key]:.2f}" for key in ("judge_nll", "entropy", "bigram_entropy")]
-        rows.append([name, calls, *numbers])
-    head = ["256 texts", "network calls a text", "judge NLL", "entropy", "bigram entropy"]
+        written = "calls" in r
+        calls = f"{r['calls']:.0f}" if written else ""
+        seconds = [f"{r[key][1]:.3f}" if written else "" for key in ("seconds_1", "seconds_32")]
+        numbers = [f"{r['judge_nll']:.2f}", f"{r['entropy']:.2f}", f"{r['copied']:.1%}"]
+        rows.append([name, calls, *numbers, *seconds])
+    head = ["256 texts", "calls a text", "judge NLL", "entropy", "8-grams copied",
+            "seconds: one text", "32 texts"]
     return markdown(head, rows)
 
 

@@ -590,12 +590,12 @@ def test_nothing_stays_hidden_for_any_length_and_steps(order):
             assert x[0, 0] == 1
 
 
-@pytest.mark.parametrize("b", [1, 2, 4])
+@pytest.mark.parametrize("b", [1, 2, 3, 4])
 def test_long_texts_are_written_in_windows(b):
     """Each window of a context sees the last half of the one before, and nothing else."""
     model = random_model(b)
-    noise = torch.rand(5, 9, 2, dtype=torch.float64)
-    *_, x = dlm.sample(model, torch.full((5, 9), MASK), noise=noise)
+    noise = torch.rand(200, 9, 2, dtype=torch.float64)
+    *_, x = dlm.sample(model, torch.full((200, 9), MASK), noise=noise)
     for start in (0, 2, 4, 6):
         window = slice(start, start + L)
         z = x[:, window].clone()
@@ -710,6 +710,8 @@ def test_categorical_is_exact_at_the_edges():
     p = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0])
     u = torch.tensor([0.0, 0.49, 0.5, 0.999999])
     assert dlm.categorical(p.expand(4, 5), u).tolist() == [1, 1, 3, 3]
+    sums_to_less_than_one = 0.999 * p
+    assert dlm.categorical(sums_to_less_than_one, u[3]) == 3
 
 
 def test_branch_disagrees_as_it_must():
@@ -776,6 +778,20 @@ def test_divergence_worked_by_hand(kind):
     assert dlm.divergence(p, q.log(), kind).item() == pytest.approx(expected[kind], abs=1e-6)
 
 
+@each_divergence
+def test_loss_adds_up_weighted_divergences(kind):
+    """By block: its length, times the mean over its hidden tokens; by text: the mean over L."""
+    student = random_model(3)
+    z = with_hidden(TEXTS, {1, 2})
+    z[::2] = with_hidden(TEXTS, {0, 3})[::2]
+    target = torch.rand(V ** L, L, V, dtype=torch.float64).softmax(-1)
+    each = dlm.divergence(target, student(TEXTS, z).detach(), kind)
+    odd = 3 * each[1::2, 1:3].mean(1)
+    even = 3 * each[::2, 0] + each[::2, 3]
+    expected = (odd.sum() + even.sum()) / L / V ** L
+    assert_close(dlm.loss(student, TEXTS, z, target, kind).detach(), expected)
+
+
 # --- TCS ------------------------------------------------------------------------------------------
 
 def leave_one_out(p, b):
@@ -815,6 +831,15 @@ def test_exact_score_where_most_texts_are_impossible(b):
     x = teacher.draw(30, torch.Generator().manual_seed(0))
     c = dlm.concrete_score(teacher, x, b, "exact").exp()
     assert_close(c, by_substitution(teacher.log_prob, x, b, 4), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "topk"])
+def test_targets_for_texts_that_cannot_be_are_distributions(estimator):
+    teacher = HiddenMarkov.branch(L, 4)
+    x = torch.tensor([[0, 1, 3, 2], [3, 3, 3, 0]])
+    one = torch.ones(2, L, dtype=torch.float64)
+    assert_close(dlm.concrete_score(teacher, x, 4, estimator, 2).exp().sum(-1), one)
+    assert_close(dlm.prefix(teacher, x, x, 4).sum(-1), one)
 
 
 @pytest.mark.parametrize("b", [3, 6])
@@ -1238,12 +1263,12 @@ def test_states_of_whole_rollouts_are_not_finished(order, N):
 def test_blocks_at_once_are_blocks_one_by_one(order):
     """With the same random numbers, in 2 steps a block."""
     model = random_model(4, L=16)
-    x = torch.randint(V, (5, 16))
-    noise = torch.rand(5, 16, 2, dtype=torch.float64)
+    x = torch.randint(V, (50, 16))
+    noise = torch.rand(50, 16, 2, dtype=torch.float64)
     behind_x = dlm.BlocksAtOnce(model, x)
-    hidden = torch.full((20, 4), MASK)
-    at_once = list(dlm.sample(behind_x, hidden, 2, order, noise=noise.view(20, 4, 2)))
-    at_once = torch.stack(at_once).view(3, 5, 16)
+    hidden = torch.full((200, 4), MASK)
+    at_once = list(dlm.sample(behind_x, hidden, 2, order, noise=noise.view(200, 4, 2)))
+    at_once = torch.stack(at_once).view(3, 50, 16)
     for number, block in enumerate(blocks(16, 4)):
         z = torch.where(torch.arange(16) < block.start, x, MASK)
         alone = torch.stack(list(dlm.sample(model, z, 2, order, noise=noise)))
@@ -1350,3 +1375,128 @@ def test_passages_end_in_words():
     assert 40 < len(passages) <= 50
     assert len(set(passages)) == len(passages)
     assert all(re.search(r"\d\d\+\d\d=\d{3}$", passage) for passage in passages)
+
+
+# --- what an audit found --------------------------------------------------------------------------
+
+def law_of_broken_ties(model, order):
+    """The law of writing one token a step from nothing: any of the equally sure may be first."""
+    law = collections.Counter()
+
+    def write(z, p):
+        hidden = [i for i in range(L) if z[i] == MASK]
+        if not hidden:
+            law[z] += p
+            return
+        logp = model(torch.tensor([z]), torch.tensor([z]))[0].detach()
+        sure = dlm.sureness(logp, order)
+        best = max(sure[i] for i in hidden)
+        firsts = [i for i in hidden if best - sure[i] < 1e-10]
+        others = [best - sure[i] for i in hidden if i not in firsts]
+        assert all(gap > dlm.TIE for gap in others)        # else chance would have a say there, too
+        for i in firsts:
+            for v in range(V):
+                write(z[:i] + (v,) + z[i + 1:], p * logp[i, v].exp().item() / len(firsts))
+
+    write((MASK,) * L, 1.0)
+    return torch.tensor([law[tuple(x)] for x in TEXTS.tolist()])
+
+
+@pytest.mark.parametrize("order", ["confidence", "entropy", "spread"])
+def test_ties_are_broken_by_chance(order, only_true_ties):
+    """With everything hidden a network is equally sure everywhere: any may be first."""
+    model = random_model(L)
+    law = law_of_broken_ties(model, order)
+    torch.manual_seed(0)
+    assert follow(dlm.generate(model, 20000, order=order), law)
+
+
+@pytest.mark.parametrize("order", ["confidence", "entropy", "spread"])
+def test_rounding_decides_nothing(order):
+    """Another processor or batch rounds in another way. The same noise gives the same texts."""
+    model = random_model(8, L=8)
+    noise = torch.rand(200, 8, 2)
+    start = torch.full((200, 8), MASK)
+    *_, x = dlm.sample(model, start, 4, order, noise=noise)
+    decode = model.decode
+
+    def rounded(*asked):
+        logp, cache = decode(*asked)
+        return logp + 1e-7 * torch.randn_like(logp), cache
+
+    model.decode = rounded
+    *_, again = dlm.sample(model, start, 4, order, noise=noise)
+    assert torch.equal(again, x)
+
+
+@pytest.mark.parametrize("L, b", [(8, 5), (8, 6), (8, 8), (8, 4), (8, 3), (9, 5)])
+def test_windows_beyond_the_context_see_half_of_it(L, b):
+    """When a window begins, half the context of tokens stands in it already."""
+    model = random_model(b, L=L)
+    seen = []
+    decode = model.decode
+    def watched(x, z, start, stop, wanted, cache):   # noqa: E306
+        seen.append((z < MASK).sum(1).min().item())
+        return decode(x, z, start, stop, wanted, cache)
+    model.decode = watched
+    *_, x = dlm.sample(model, torch.full((2, 3 * L), MASK), order="left")
+    assert (x < MASK).all()
+    whole_blocks = L // 2 // b * b
+    first_calls = [n for n, before in zip(seen[1:], seen) if n < before]
+    assert first_calls and all(n == (whole_blocks or L // 2) for n in first_calls)
+
+
+def contradictory():
+    """A source with zeros: the letter of the first token is kept for ever."""
+    return HiddenMarkov(torch.ones(V) / V, torch.eye(V), torch.eye(V), L)
+
+
+@pytest.mark.parametrize("b", [2, 4])
+def test_impossible_evidence_is_answered_uniformly(b):
+    s = contradictory()
+    s.b = b
+    x = torch.tensor([[0, 1, 2, 0]])                       # cannot be
+    z = with_hidden(x, {3})
+    uniform = torch.full((V,), 1 / V, dtype=torch.float64)
+    assert_close(s(x, z).exp()[0, 3], uniform)
+    assert_close(s.prefill(x)[0].exp()[0, 3], uniform)
+    assert_close(dlm.prefix(s, x, x, b)[0, 3], uniform)
+    for estimator in dlm.ESTIMATORS[:3]:
+        c = dlm.concrete_score(s, x, b, estimator).exp()
+        assert not c.isnan().any()
+        assert_close(c.sum(-1), torch.ones(1, L, dtype=torch.float64))
+
+
+def test_weight_zero_never_multiplies_infinity():
+    """Two visible tokens contradict each other. Each is impossible, and has weight 0."""
+    s = contradictory()
+    s.b = L
+    x = torch.tensor([[0, 1, 2, 2]])
+    z = with_hidden(x, {2, 3})
+    assert s(x, z)[0, 0, 0] == -math.inf
+    assert_close(dlm.text_bound(s, x, z), torch.tensor([math.log(V)], dtype=torch.float64))
+    student = random_model(L)
+    loss = dlm.loss(student, x, z, s(x, z).exp(), "reverse")
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in student.parameters())
+
+
+def test_top_p_is_of_what_top_k_leaves():
+    p = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
+    assert_close(dlm.warp(p.log(), top_k=2, top_p=0.5), torch.tensor([[1.0, 0, 0, 0]]))
+    assert_close(dlm.warp(p.log(), top_p=0.5), torch.tensor([[4 / 7, 3 / 7, 0, 0]]))
+
+
+def test_calls_are_those_that_reveal_something():
+    """A text costs the calls that it would need alone, whatever stands beside it in the batch."""
+    model = random_model(4, L=16, dtype=torch.float32)
+    judge = random_model(1, L=16, dtype=torch.float32)
+    train_text = torch.randint(V, (100,))
+    for way in ({"threshold": 0.5}, {"steps": 8, "order": "ancestral"}, {"steps": 2}):
+        noise = torch.rand(6, 16, 2)
+        row, _ = dlm.judge_sampling(model, 6, judge, train_text, noise=noise, **way)
+        with dlm.counting(model) as count:
+            for its_noise in noise.split(1):
+                dlm.generate(model, 1, noise=its_noise, **way)
+        assert row["calls"] == count["calls"] / 6
