@@ -711,15 +711,15 @@ def fill(model, z, noise, steps, order, threshold, warping):
     for start in range(0, z.size(1), model.b):
         block = z[:, start:start + model.b]                  # a view of z
         stop = start + block.size(1)
-        uniform, shuffle = noise[:, start:stop].unbind(-1)
-        schedule = Schedule(order, steps, threshold, block == model.V, shuffle)
+        uniform = noise[:, start:stop, 0]
+        schedule = Schedule(order, steps, threshold, block == model.V, noise[:, start:stop, 1])
         for step in range(schedule.N):
             may_come = schedule.may_come(step, block == model.V)              # (B, n)
             if may_come.any():                               # else the network need not run
                 logp, cache = model.decode(z, z, start, stop, may_come, cache)
                 new = schedule.choose(step, may_come, logp)                   # (B, n)
-                logp = logp[new[may_come]]                   # its rows are the tokens that may come
-                block[new] = categorical(warp(logp, **warping), uniform[new])
+                p = warp(logp[new.masked_select(may_come)], **warping)        # of the new tokens
+                block.masked_scatter_(new, categorical(p, uniform.masked_select(new)))
             yield
 
 
@@ -736,6 +736,8 @@ class Schedule:
         self.threshold = threshold
         self.shuffle = shuffle                               # a random number for each token
         self.hidden_at_first = hidden
+        if order == "spread":                                # N hidden tokens each, one a step
+            self.stretch = (hidden.cumsum(1) - 1).clamp(min=0) // self.N
 
     def may_come(self, step, hidden):
         """The tokens that the network is asked about. An ancestral step knows them beforehand."""
@@ -752,9 +754,8 @@ class Schedule:
         score = self.score(sure)                             # the highest comes first
         if self.threshold:
             return first(score, may_come, 1) | (may_come & (sure >= self.threshold))
-        if self.order == "spread":  # N tokens a stretch, one of each a step
-            stretch = (self.hidden_at_first.cumsum(1) - 1).clamp(min=0) // self.N
-            return first_of_each(score, may_come, stretch)
+        if self.order == "spread":
+            return first_of_each(score, may_come, self.stretch)
         total = self.hidden_at_first.sum(1, keepdim=True)
         count = total // self.N + (step < total % self.N)
         return first(score, may_come, count)
