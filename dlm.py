@@ -110,11 +110,12 @@ class Layer(nn.Module):
         nn.init.zeros_(self.proj.weight)     # each layer starts as the identity
         nn.init.zeros_(self.down.weight)
 
-    def forward(self, h, rope, mask, kept=None, done=0, last=0):
+    def forward(self, h, rope, mask, kept=None, done=0, last=0, wanted=None):
         """h (B, T, d) -> (B, T, d). mask: (T, K), "causal", or None where every slot sees all.
 
         kept (2, B, H, room, D): a layer of the cache. Its first `done` slots are valid, and these T
         are written behind them. last: compute the output for the last so many slots only; 0: all.
+        wanted: a mask of those; then the output holds the wanted ones, row after row (number, d).
         """
         B, T, d = h.shape
         qkv = self.qkv(norm(h)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
@@ -132,8 +133,10 @@ class Layer(nn.Module):
             h = h[:, -last:]
             mask = None if mask is None else mask[..., -last:, :]
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
-        y = self.proj(y.transpose(1, 2).reshape(h.shape))
-        h = h + F.dropout(y, self.dropout, self.training)
+        y = y.transpose(1, 2).reshape(h.shape)
+        if wanted is not None:
+            h, y = h[wanted], y[wanted]                    # (number wanted, d)
+        h = h + F.dropout(self.proj(y), self.dropout, self.training)
         y = self.down(self.up(norm(h)).relu_().square())
         return h + F.dropout(y, self.dropout, self.training)
 
@@ -186,18 +189,17 @@ class Transformer(nn.Module):
         """x_0 .. x_{L-1} -> [MASK] x_0 .. x_{L-2}: what the AR model's slots hold."""
         return F.pad(x[:, :-1], (1, 0), value=self.V)
 
-    def run(self, e, position, mask, cache=None, last=0):
+    def run(self, e, position, mask, cache=None, last=0, wanted=None):
         """Embeddings e (B, T, d) at positions (T,) or (B, T) -> hidden states (B, T, d).
 
-        Fills the cache. last: return the last so many slots only; 0: all.
+        Fills the cache. last, wanted: which slots the last layer computes, as in Layer.
         """
         h = norm(e)
         rope = self.rope[:, position].view(2, -1, 1, e.size(1), self.rope.size(-1))
         done = cache.done if cache else 0
-        for i, layer in enumerate(self.layers):
-            kept = cache.layers[i] if cache else None
-            h = layer(h, rope, mask, kept, done, last if layer is self.layers[-1] else 0)
-        return h
+        for i, layer in enumerate(self.layers[:-1]):
+            h = layer(h, rope, mask, cache and cache.layers[i], done)
+        return self.layers[-1](h, rope, mask, cache and cache.layers[-1], done, last, wanted)
 
     def log_probs(self, h):
         """Hidden states (.., d) -> log-probabilities (.., V), in float32 also under autocast."""
@@ -238,10 +240,10 @@ class Transformer(nn.Module):
         if done < start or stop - start > b:
             mask = attends(position[done:], is_clean[done:], position, is_clean, b)
         e = self.embedding(torch.cat([clean[:, done:], noisy], dim=1))
-        h = self.run(e, position[done:], mask, cache, last=stop - start)
+        h = self.run(e, position[done:], mask, cache, stop - start, wanted)
         if cache:
             cache.done = n_clean
-        return self.log_probs(h[wanted]), cache
+        return self.log_probs(h), cache
 
     # The rest is for AR models only: what methods ask of their teacher.
 
@@ -745,6 +747,7 @@ class Schedule:
             return ancestral(hidden, self.shuffle, (step + 1) / self.N)
         return hidden
 
+    @torch.inference_mode()
     def choose(self, step, may_come, logp):
         """Which of them come, by what the network says: logp (number of them, V)."""
         if self.order == "ancestral":
@@ -754,8 +757,10 @@ class Schedule:
         score = self.score(sure)                             # the highest comes first
         if self.threshold:
             return first(score, may_come, 1) | (may_come & (sure >= self.threshold))
-        if self.order == "spread":
+        if self.order == "spread" and self.N < may_come.size(1):
             return first_of_each(score, may_come, self.stretch)
+        if self.order == "spread":                           # all in one stretch
+            return first(score, may_come, 1)
         total = self.hidden_at_first.sum(1, keepdim=True)
         count = total // self.N + (step < total % self.N)
         return first(score, may_come, count)

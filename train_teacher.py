@@ -362,8 +362,8 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
         decay = min(self.EMA, (1 + self.done) / (10 + self.done))
-        for name, w in self.model.state_dict().items():
-            self.ema[name].lerp_(w, 1 - decay)
+        weights = list(self.model.state_dict().values())
+        torch._foreach_lerp_(list(self.ema.values()), weights, 1 - decay)
         self.done += 1
         self.loss_sum = self.loss_sum + loss.detach()
         return loss.detach()
