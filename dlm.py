@@ -369,7 +369,7 @@ def loss(student, x, z, target, kind="forward"):
     """
     hidden = z == student.V                                                   # (B, L)
     w = token_weights(hidden, student.b)[hidden]                              # (number hidden,)
-    return (w * divergence(target[hidden], student(x, z)[hidden], kind)).sum() / len(x)
+    return (w * divergence(target, student(x, z), kind)[hidden]).sum() / len(x)
 
 
 def of_tokens(logp, x):
