@@ -1,8 +1,8 @@
 """Distil an autoregressive teacher into a diffusion language model.
 
-    python distill.py                     # teacher, judge, a student of each method: the whole way
-    python distill.py --method tcs        # one method, at full length
-    python distill.py --method plain      # the same student without a teacher: the control
+    python distill.py                 # teacher, judge, a student of each method: the whole way
+    python distill.py --method tcs    # one method, at full length
+    python distill.py --method plain  # the same student without a teacher: the control
 
 A method is two words: which states the student trains on, and which target it aims at. --states and
 --target replace either, so every control is one word away.

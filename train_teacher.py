@@ -549,6 +549,10 @@ def option(default, help, choices=None, at_least=0, at_most=2 ** 63 - 1):
                                                         "range": (at_least, at_most)})
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows every default, and a script's docstring as it stands."""
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message)
@@ -557,7 +561,7 @@ class Parser(argparse.ArgumentParser):
 def parse(cls, argv, doc=None):
     """The command line -> an instance of cls, a dataclass of options."""
     parser = Parser(description=doc, allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                    formatter_class=Help)
     for f in dataclasses.fields(cls):
         how = {"type": type(f.default), "choices": f.metadata["choices"]}
         if f.default is False:
