@@ -341,6 +341,17 @@ def test_sdtt_goes_round_by_round(call, monkeypatch, argv):
     assert (files("few-2steps"), files("few-1steps")) == before             # done is done
 
 
+def test_a_finished_run_is_kept_however_its_folder_is_written(call, monkeypatch):
+    no_pictures(monkeypatch)
+    argv = f"{TEXT} --method sdtt --student {TCS} --updates 2 --batch_size 4 --out"
+    assert call("distill", f"{argv} ./few")[0] == 0
+    before = files("few-1steps")
+    code, out, _ = call("distill", f"{argv} few")
+    assert code == 0
+    assert out.count("finished before") == 2
+    assert files("few-1steps") == before
+
+
 def test_sdtt_goes_on_where_it_was_interrupted(call, monkeypatch):
     no_pictures(monkeypatch)
     argv = f"{SDTT} --student {TCS} --updates 20 --out"

@@ -45,6 +45,14 @@ def test_weights_are_averaged_as_computed_by_hand():
             assert_close(w, mean[name])
 
 
+def test_what_is_saved_lies_on_no_device():
+    """A checkpoint is read to the CPU: a sum that stayed on the accelerator could not go on."""
+    model = random_model()
+    trainer = Trainer(model, updates=9, lr=0.02)
+    trainer.update(batch_loss_of(model))
+    assert isinstance(trainer.state()["loss_sum"], float)
+
+
 @pytest.mark.parametrize("updates", [20, 3000])
 def test_the_rate_rises_stays_and_falls(updates):
     """A tenth of the updates up, at most 100; the last 60% down to nothing."""
