@@ -248,13 +248,18 @@ def plot_quality(rows):
 # --------------------------------------------------------------------------------------------------
 # The script: one run, the rounds of SDTT, or all methods
 
+def teacher_path(o):
+    """The AR model to learn from: given, found in runs/, or trained first."""
+    like = train_teacher.Options(tokenizer=o.tokenizer)
+    return Path(o.teacher or train_teacher.ar_model(o, 0, "teacher", like))
+
+
 def load_models(o, device, folder, ckpt):
     """-> the teacher's path, teacher, student, judge and corpus. What is missing is trained first.
 
     folder, ckpt: of the run that goes on, if one does.
     """
-    like = train_teacher.Options(tokenizer=o.tokenizer)
-    path = Path(o.teacher or train_teacher.ar_model(o, 0, "teacher", like))
+    path = teacher_path(o)
     teacher, tokenizer, teacher_ckpt = train_teacher.load(path, "--teacher", device)
     if teacher.b != 1:
         raise UserError(f"--teacher {path}: a diffusion model (b = {teacher.b}), where an AR one "
@@ -392,19 +397,17 @@ def main_job(o):
         name = "states" if o.states else "target"
         raise UserError(f"--{name} {vars(o)[name]}: every method has its own; "
                         "name one with --method")
-    L = train_teacher.Options().context
-    if o.teacher:
-        L = train_teacher.load(o.teacher, "--teacher")[0].L
-    if L % (o.block or L):
-        raise UserError(f"--block {o.block}: does not divide the context of {L}, as opdlm needs")
     print("a teacher, a judge, then TCS, SDTT and OPDLM: 4 to 8 minutes on 2 cores with the "
           "defaults", flush=True)
+    L = train_teacher.load(teacher_path(o), "--teacher")[0].L
+    if L % (o.block or L):
+        raise UserError(f"--block {o.block}: does not divide the context of {L}, as opdlm needs")
     folder = o.out or "runs/" + train_teacher.run_name(o, "all", f"-b{o.block}")
     parts = {method: dataclasses.replace(o, method=method, texts=max(16, o.texts // 4),
                                          updates=max(1, round(o.updates * share)))
              for method, share in SHARES.items()}
     tcs = finish(parts["tcs"], f"{folder}-tcs")
-    steps = o.first or train_teacher.load(tcs, "--student")[0].b
+    steps = o.first or o.block or L
     one_round = dataclasses.replace(parts["sdtt"], student=tcs, out=f"{folder}-sdtt",
                                     last=max(o.last, steps // o.k))
     *_, sdtt = rounds(one_round).values()

@@ -236,8 +236,8 @@ class Transformer(nn.Module):
         if cache is None and b < x.size(1):
             cache = self.empty_cache(len(x), max(x.size(1), len(position)))
         done = cache.done if cache else 0
-        mask = None                                        # one block sees all that is cached
-        if done < start or stop - start > b:
+        mask = None                                        # one block sees all that is cached,
+        if done < start or stop - start > b:               # but not clean slots that are new, too
             mask = attends(position[done:], is_clean[done:], position, is_clean, b)
         e = self.embedding(torch.cat([clean[:, done:], noisy], dim=1))
         h = self.run(e, position[done:], mask, cache, stop - start, wanted)
@@ -285,9 +285,9 @@ class Transformer(nn.Module):
         w = torch.arange(W, device=e.device)
         causal = w <= w[:, None]
         own = torch.block_diag(*[causal] * G)                                 # (G W, G W)
-        before = torch.arange(cache.done, device=e.device) < start[:, None]   # (n, L)
+        before = torch.arange(cache.done, device=e.device) < start[:, None]   # (n, done)
         before = before[:, None].expand(-1, G * W, -1)
-        mask = torch.cat([before, own.expand(n, -1, -1)], dim=-1)             # (n, G W, L + G W)
+        mask = torch.cat([before, own.expand(n, -1, -1)], dim=-1)             # (n, G W, done + G W)
         mask = mask.repeat(B, 1, 1)[:, None]                                  # of each row
         position = (start[:, None] + w).clamp(max=self.L - 1).repeat(B, G)    # (B n, G W)
         copies = [F.pad(kv.repeat_interleave(n, dim=1), (0, 0, 0, G * W)) for kv in cache.layers]
@@ -412,7 +412,7 @@ def suffix_log_prob(teacher, x, cache, candidates, b):
     out = teacher.embedding.weight.new_zeros(candidates.shape)
     for place in range(min(b, L) - 1):
         W = min(b, L) - 1 - place
-        group = max(1, 64 // W)                       # side by side they attend to (group W)² slots
+        group = max(1, 64 // W)       # candidates in a row, where attention costs (group W)²
         for i in torch.arange(place, L - 1, b, device=x.device).split(16):    # (n,), to save memory
             after = i[:, None] + 1 + torch.arange(W, device=x.device)         # (n, W)
             inside = (after < L)[:, None]             # of the last block, which may be shorter
@@ -708,7 +708,10 @@ def sample(model, z, steps=0, order=None, threshold=0.0, noise=None, **warping):
 
 
 def fill(model, z, noise, steps, order, threshold, warping):
-    """`sample` within one context: fills z (B, L) in place, and yields after each step."""
+    """`sample` within one context: fills z (B, L) in place, and yields after each step.
+
+    noise (B, L, 2): what a token is drawn with, and what random orders and ties go by.
+    """
     cache = None
     for start in range(0, z.size(1), model.b):
         block = z[:, start:start + model.b]                  # a view of z
@@ -720,13 +723,16 @@ def fill(model, z, noise, steps, order, threshold, warping):
             if may_come.any():                               # else the network need not run
                 logp, cache = model.decode(z, z, start, stop, may_come, cache)
                 new = schedule.choose(step, may_come, logp)                   # (B, n)
-                p = warp(logp[new.masked_select(may_come)], **warping)        # of the new tokens
+                p = warp(logp[new.masked_select(may_come)], **warping)        # rows of new ones
                 block.masked_scatter_(new, categorical(p, uniform.masked_select(new)))
             yield
 
 
 class Schedule:
-    """Which hidden tokens of a block each of its N steps reveals. All masks are (B, n)."""
+    """Which hidden tokens of a block each of its N steps reveals. All masks are (B, n).
+
+    `spread` cuts the hidden tokens into stretches of N; each step reveals the surest of each.
+    """
 
     def __init__(self, order, steps, threshold, hidden, shuffle):
         n = hidden.size(1)
@@ -735,10 +741,12 @@ class Schedule:
         if n == 1:                                           # one token: nothing is left to choose
             self.N = 1
             self.order = "ancestral"
+        elif order == "spread" and self.N >= n:              # one stretch: its surest comes first
+            self.order = "entropy"
         self.threshold = threshold
         self.shuffle = shuffle                               # a random number for each token
         self.hidden_at_first = hidden
-        if order == "spread":                                # N hidden tokens each, one a step
+        if self.order == "spread":                           # N hidden tokens each, one a step
             self.stretch = (hidden.cumsum(1) - 1).clamp(min=0) // self.N
 
     def may_come(self, step, hidden):
@@ -757,10 +765,8 @@ class Schedule:
         score = self.score(sure)                             # the highest comes first
         if self.threshold:
             return first(score, may_come, 1) | (may_come & (sure >= self.threshold))
-        if self.order == "spread" and self.N < may_come.size(1):
+        if self.order == "spread":
             return first_of_each(score, may_come, self.stretch)
-        if self.order == "spread":                           # all in one stretch
-            return first(score, may_come, 1)
         total = self.hidden_at_first.sum(1, keepdim=True)
         count = total // self.N + (step < total % self.N)
         return first(score, may_come, count)

@@ -33,10 +33,11 @@ OWN_PACE = ("ancestral", "spread")  # orders that decide how many tokens a step 
 HIDDEN = "░"
 COLOURS = {"given": "\033[36m{}\033[0m", "hidden": "\033[2m{}\033[0m", "new": "\033[1;32m{}\033[0m"}
 INKS = {"given": "#0a7d8c", "hidden": "#bbbbbb", "new": "#1a9641", "old": "#222222"}
-COLUMNS = {"judge": "{judge_nll:.3f}", "entropy": "{entropy:.2f}",
-           "bigrams": "{bigram_entropy:.2f}", "distinct": "{distinct_2:.2f}",
-           "copied": "{copied:.1%}", "last word": "{last_word:.0%}", "calls": "{calls:.1f}",
-           "1 text": "{seconds_1[1]:.3f} s", "32 texts": "{seconds_32[1]:.3f} s"}
+COLUMNS = {"judge": ("judge_nll", "{:.3f}"), "entropy": ("entropy", "{:.2f}"),
+           "bigrams": ("bigram_entropy", "{:.2f}"), "distinct": ("distinct_2", "{:.2f}"),
+           "copied": ("copied", "{:.1%}"), "last word": ("last_word", "{:.0%}"),
+           "calls": ("calls", "{:.1f}"), "1 text": ("seconds_1", "{[1]:.3f} s"),
+           "32 texts": ("seconds_32", "{[1]:.3f} s")}
 
 
 @dataclass
@@ -277,9 +278,8 @@ def print_rows(rows, header=None):
         print(f"\n{header:<42}" + "".join(f"{name:>10}" for name in COLUMNS))
     for row in rows:
         line = f"{row['what']:<42}"
-        for form in COLUMNS.values():
-            key = re.match(r"{(\w+)", form)[1]
-            line += f"{form.format(**row) if key in row else '':>10}"
+        for key, form in COLUMNS.values():
+            line += f"{form.format(row[key]) if key in row else '':>10}"
         print(line, flush=True)
 
 

@@ -403,7 +403,6 @@ class Trainer:
                 if self.done == begun + 5:
                     minutes = fastest * (self.updates - self.done) / 60
                     tqdm.write(f"about {minutes:.1f} minutes")
-                    sys.stdout.flush()
                 validated = self.done % every == 0 or self.done == self.updates
                 if validated:
                     validation = validate(self.averaged(self.ema))
@@ -560,8 +559,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse(cls, argv, doc=None):
     """The command line -> an instance of cls, a dataclass of options."""
-    parser = Parser(description=doc, allow_abbrev=False,
-                    formatter_class=Help)
+    parser = Parser(description=doc, allow_abbrev=False, formatter_class=Help)
     for f in dataclasses.fields(cls):
         how = {"type": type(f.default), "choices": f.metadata["choices"]}
         if f.default is False:

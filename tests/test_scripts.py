@@ -341,6 +341,13 @@ def test_sdtt_goes_round_by_round(call, monkeypatch, argv):
     assert (files("few-2steps"), files("few-1steps")) == before             # done is done
 
 
+def test_all_methods_ask_the_teacher_at_hand_for_its_context(refused, monkeypatch):
+    """It is 16 here, not the default. What does not divide it is refused before any training."""
+    monkeypatch.setattr(train_teacher.Trainer, "fit", lambda *_: pytest.fail("trained first"))
+    for block in (6, 32):
+        assert "context of 16" in refused("distill", f"{TEXT} --block {block}")
+
+
 def test_a_finished_run_is_kept_however_its_folder_is_written(call, monkeypatch):
     no_pictures(monkeypatch)
     argv = f"{TEXT} --method sdtt --student {TCS} --updates 2 --batch_size 4 --out"
