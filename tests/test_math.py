@@ -680,6 +680,14 @@ def test_spread_takes_one_token_of_each_stretch():
             assert (revealed == (step < len(stretch))).all()
 
 
+def test_spread_with_one_step_less_than_tokens_has_two_stretches():
+    model = random_model(L)
+    _, after, *_ = dlm.sample(model, torch.full((50, L), MASK), L - 1, "spread")
+    revealed = after < MASK
+    assert revealed[:, L - 1].all()                     # the second stretch is this token alone
+    assert (revealed[:, :L - 1].sum(1) == 1).all()
+
+
 def test_top_k_and_top_p_keep_rows_apart():
     p = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]])
 
