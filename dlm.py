@@ -52,13 +52,16 @@ def clean_slots(L, b):
 def slots(L, b, device=None):
     """The input slots of one pass: their positions (S,), and which carry clean tokens (S,).
 
-    b = 1      clean  [MASK] x_0 .. x_{L-2}: slot i holds x_{i-1} and says p(x_i | x_<i)
-    1 < b < L  clean  x of all blocks but the last, then
-               noisy  z_0 .. z_{L-1}: the slot of z_i says p(x_i | blocks left, visible in block)
-    b = L      noisy  z_0 .. z_{L-1}: no block lies left of another, so no clean slot is needed
+    Slot i holds token i-1 and says token i, as in any AR model; slot 0 holds [MASK]. So a student
+    finds what its teacher knows where the teacher keeps it ("shift", DiffuLLaMA, 2410.17891).
 
-    The shift at b = 1 is the one special case. There the clean stream predicts by itself, and
-    [MASK] serves as the beginning of the text.
+    clean  of all blocks but the last: the AR model itself, [MASK] x_0 x_1 ..
+    noisy  of all blocks: slot i holds z_{i-1}, or x_{i-1} where i begins a block; and to that is
+           added, through a matrix that starts at zero, z_i: a visible token is copied, but its
+           block may look at it
+
+    With b = 1 a noisy slot would hold and see what the clean one does, so there are none. With
+    b = L no block lies left of another, so no clean slot is needed.
     """
     n_clean = clean_slots(L, b)
     n_noisy = 0 if b == 1 else L
@@ -69,13 +72,16 @@ def slots(L, b, device=None):
 
 
 def attends(position_q, clean_q, position_k, clean_k, b):
-    """The attention mask (Q, K): which slot may look at which. b is what a diffusion LM adds."""
-    block_q = position_q[:, None] // b
-    block_k = position_k // b
-    earlier_clean_block = clean_k & (block_k < block_q)
+    """The attention mask (Q, K): which slot may look at which. b is what a diffusion LM adds.
+
+    The clean stream is causal: its blocks are one token long.
+    """
+    size = torch.where(clean_q, 1, b)[:, None]
+    begin = position_q[:, None] // size * size             # where the slot's own block begins
+    earlier_clean = clean_k & (position_k < begin)
     other_stream = clean_q[:, None] ^ clean_k              # torch.compile fails on `==` here
-    own_block_and_stream = ~other_stream & (block_k == block_q)
-    return earlier_clean_block | own_block_and_stream
+    own_block = ~other_stream & (position_k >= begin) & (position_k < begin + size)
+    return earlier_clean | own_block
 
 
 def norm(h):
@@ -165,6 +171,9 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(c.V + 1, c.n_embd)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.n_layer))
         self.head = nn.Linear(c.n_embd, c.V, bias=False)
+        if c.b > 1:
+            self.own = nn.Linear(c.n_embd, c.n_embd, bias=False)    # for the slot's own token, z_i
+            nn.init.zeros_(self.own.weight)
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.zeros_(self.head.weight)
         D = c.n_embd // c.n_head
@@ -174,6 +183,7 @@ class Transformer(nn.Module):
         signed_sin = torch.cat([angles.sin(), -angles.sin()], dim=1)
         rope = torch.stack([cos, signed_sin])                                   # (2, L, D)
         self.register_buffer("rope", rope, persistent=False)
+        self.register_buffer("ends_block", torch.arange(1, c.L + 1) % c.b == 0, persistent=False)
 
     def forward(self, x, z):
         L, b = x.size(1), self.b
@@ -182,8 +192,14 @@ class Transformer(nn.Module):
             return self.log_probs(self.run(self.embedding(self.shift(x)), position, "causal"))
         position, clean = slots(L, b, x.device)
         mask = None if b >= L else attends(position, clean, position, clean, b)
-        tokens = torch.cat([x[:, :clean_slots(L, b)], z], dim=1)
-        return self.log_probs(self.run(self.embedding(tokens), position, mask, last=L))
+        e = self.embedding(self.shift(x)[:, :clean_slots(L, b)])
+        e = torch.cat([e, self.noisy(x, z, slice(L))], dim=1)
+        return self.log_probs(self.run(e, position, mask, last=L))
+
+    def noisy(self, x, z, window):
+        """What the noisy slots of a window of the text hold: (B, T, d)."""
+        before = self.shift(torch.where(self.ends_block[:x.size(1)], x, z))
+        return self.embedding(before[:, window]) + self.own(self.embedding(z[:, window]))
 
     def shift(self, x):
         """x_0 .. x_{L-1} -> [MASK] x_0 .. x_{L-2}: what the AR model's slots hold."""
@@ -228,9 +244,8 @@ class Transformer(nn.Module):
             rows = wanted.any(1)
             x, z, wanted = x[rows], z[rows], wanted[rows]
         n_clean = clean_slots(stop, b)
-        clean = (self.shift(x) if b == 1 else x)[:, :n_clean]
-        noisy = z[:, start:stop] if b > 1 else z[:, :0]
-        position = torch.arange(n_clean + noisy.size(1), device=x.device)
+        n_noisy = 0 if b == 1 else stop - start
+        position = torch.arange(n_clean + n_noisy, device=x.device)
         is_clean = position < n_clean
         position[n_clean:] += start - n_clean
         if cache is None and b < x.size(1):
@@ -239,7 +254,9 @@ class Transformer(nn.Module):
         mask = None                                        # one block sees all that is cached,
         if done < start or stop - start > b:               # but not clean slots that are new, too
             mask = attends(position[done:], is_clean[done:], position, is_clean, b)
-        e = self.embedding(torch.cat([clean[:, done:], noisy], dim=1))
+        e = self.embedding(self.shift(x)[:, done:n_clean])
+        if n_noisy:
+            e = torch.cat([e, self.noisy(x, z, slice(start, stop))], dim=1)
         h = self.run(e, position[done:], mask, cache, stop - start, wanted)
         if cache:
             cache.done = n_clean
@@ -1017,11 +1034,12 @@ def copied(x, text, n=8):
 
 
 def judge_samples(judge, x, train_text):
-    """What is said of texts x (B, L): NLL under an AR judge, entropies, how much is copied."""
-    nll, error = bound(judge, x)
-    return {"judge_nll": nll, "judge_se": error,
-            "entropy": entropy(x), "bigram_entropy": entropy(x, 2),
-            "distinct_2": distinct(x, 2), "copied": copied(x, train_text)}
+    """What is said of texts x (B, L): entropies, how much is copied, NLL under an AR judge if any."""
+    marks = {"entropy": entropy(x), "bigram_entropy": entropy(x, 2),
+             "distinct_2": distinct(x, 2), "copied": copied(x, train_text)}
+    if judge:
+        marks["judge_nll"], marks["judge_se"] = bound(judge, x)
+    return marks
 
 
 def judge_sampling(model, B, judge, train_text, **way):

@@ -25,7 +25,7 @@ from pathlib import Path
 import dlm  # before torch, for the setting that torch must find when it starts
 import torch
 from dlm import UserError
-from train_teacher import (consecutive, load, load_corpus, option, parse, pick_device, replace_file,
+from train_teacher import (consecutive, load, load_corpus, mark_stories, option, parse, pick_device, replace_file,
                            run_script, same_vocabulary, versions, write_json)
 
 SHIPPED = Path(__file__).parent / "assets" / "dlm-docs-whole.pt"  # to see something at once
@@ -33,11 +33,12 @@ OWN_PACE = ("ancestral", "spread")  # orders that decide how many tokens a step 
 HIDDEN = "░"
 COLOURS = {"given": "\033[36m{}\033[0m", "hidden": "\033[2m{}\033[0m", "new": "\033[1;32m{}\033[0m"}
 INKS = {"given": "#0a7d8c", "hidden": "#bbbbbb", "new": "#1a9641", "old": "#222222"}
-COLUMNS = {"judge": ("judge_nll", "{:.3f}"), "entropy": ("entropy", "{:.2f}"),
-           "bigrams": ("bigram_entropy", "{:.2f}"), "distinct": ("distinct_2", "{:.2f}"),
-           "copied": ("copied", "{:.1%}"), "last word": ("last_word", "{:.0%}"),
-           "calls": ("calls", "{:.1f}"), "1 text": ("seconds_1", "{[1]:.3f} s"),
-           "32 texts": ("seconds_32", "{[1]:.3f} s")}
+PROSE = {"judge": ("judge_nll", "{:.3f}"), "bigrams": ("bigram_entropy", "{:.2f}"),
+         "copied": ("copied", "{:.1%}"), "last word": ("last_word", "{:.0%}")}
+STORIES = {"right": ("right", "{:.1%}"), "distinct": ("distinct", "{:.1%}"),
+           "known": ("known", "{:.1%}")}
+ALL = {"entropy": ("entropy", "{:.2f}"), "calls": ("calls", "{:.1f}"),
+       "1 text": ("seconds_1", "{[1]:.3f} s"), "32 texts": ("seconds_32", "{[1]:.3f} s")}
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Options:
     correct: str = option("", "rewrite the unlikely tokens of this text")
     doubt: float = option(6.0, "--correct: how much likelier the other is, in nats", at_least=0)
     bench: str = option("", "runs to compare, with commas; --order, --steps, --threshold narrow it")
-    judge: str = option("", "--bench: the AR run that judges, best of another seed")
+    judge: str = option("", "--bench: the AR run that judges, best of another seed; stories need none")
     texts: int = option(128, "--bench: texts a row", at_least=2)
     out: str = option("runs/bench", "--bench: folder of its bench.json")
     watch: bool = option(False, "show texts as they resolve: hidden tokens dim, new ones bright")
@@ -201,10 +202,9 @@ def write(o, model, tokenizer, z):
 
 
 def passages(corpus, n=256):
-    """Held-out text, cut behind n of its words (of sums: results): list of strings."""
+    """Held-out text, cut behind n of its words: list of strings."""
     held_out = corpus.tokenizer.decode(corpus.parts["test"])
-    word = r"=\w+" if corpus.name == "arithmetic" else r"\w+"
-    ends = [match.end() for match in re.finditer(word, held_out)]
+    ends = [match.end() for match in re.finditer(r"\w+", held_out)]
     ends = ends[len(ends) // 10:]  # each has something before it
     return [held_out[:end] for end in ends[::max(1, -(-len(ends) // n))]]
 
@@ -248,22 +248,31 @@ def compare(entrants, judge, corpus, B, seed=0):
     """Lets each (name, model, way) write B texts, and prints a table row by row -> its rows.
 
     Rows say what the texts are like, what they cost, and hold the first four of them. The first row
-    is held-out text.
+    is held-out text. Stories need no judge (None), since each of them is right or wrong.
     """
-    train_text = corpus.parts["train"]
-    held_out = consecutive(corpus.parts["test"], judge.L, B).to(judge.embedding.weight.device)
-    rows = [{"what": "held-out text", **dlm.judge_samples(judge, held_out, train_text)}]
-    print_rows(rows, header=f"{B} texts")
+    train_ids = corpus.parts["train"]
+    train_text = corpus.tokenizer.decode(train_ids)
+    model = entrants[0][1]
+    held_out = consecutive(corpus.parts["test"], model.L, B).to(model.embedding.weight.device)
     ends = passages(corpus)
+
+    def finish(row, x):
+        texts = [corpus.tokenizer.decode(text) for text in x]
+        if corpus.name == "stories":
+            row |= mark_stories(texts, train_text)
+        rows.append({**row, "samples": texts[:4]})
+        print_rows(rows[-1:], header=f"{B} texts" if len(rows) == 1 else None)
+
+    rows = []
+    finish({"what": "held-out text", **dlm.judge_samples(judge, held_out, train_ids)}, held_out)
     for what, model, way in entrants:
         with dlm.seeded(seed):
-            row, x = dlm.judge_sampling(model, B, judge, train_text, **way)
-            row["last_word"] = last_word_accuracy(model, ends, corpus.tokenizer, **way)
+            row, x = dlm.judge_sampling(model, B, judge, train_ids, **way)
+            if judge:
+                row["last_word"] = last_word_accuracy(model, ends, corpus.tokenizer, **way)
         for size in (1, 32):
             row[f"seconds_{size}"] = timed(lambda: dlm.generate(model, size, **way).cpu())
-        row["samples"] = [corpus.tokenizer.decode(text) for text in x[:4]]
-        rows.append({"what": what, **row})
-        print_rows(rows[-1:])
+        finish({"what": what, **row}, x)
     return rows
 
 
@@ -274,32 +283,40 @@ def timed(act, repeats=3):
 
 
 def print_rows(rows, header=None):
+    columns = (STORIES if "right" in rows[0] else PROSE) | ALL
     if header:
-        print(f"\n{header:<42}" + "".join(f"{name:>10}" for name in COLUMNS))
+        print(f"\n{header:<42}" + "".join(f"{name:>10}" for name in columns))
     for row in rows:
         line = f"{row['what']:<42}"
-        for key, form in COLUMNS.values():
+        for key, form in columns.values():
             line += f"{form.format(row[key]) if key in row else '':>10}"
         print(line, flush=True)
 
 
 def bench(o):
     """Each model by each order and number of steps: a table, and bench.json."""
-    if not o.judge:
+    paths = o.bench.split(",")
+    loaded = [load(path, "--bench", o.device) for path in paths]
+    tokenizer, first_ckpt = loaded[0][1:]
+    data = first_ckpt["options"]["data"]
+    judge = None
+    if o.judge:
+        judge, its_tokenizer, _ = load(o.judge, "--judge", o.device)
+        if judge.b != 1:
+            raise UserError(f"--judge {o.judge}: a diffusion model; name an AR one")
+        same_vocabulary(f"--bench {paths[0]}", tokenizer, loaded[0][0],
+                        f"--judge {o.judge}", its_tokenizer, judge)
+    elif data != "stories":
         raise UserError("--bench: wants a judge; name an AR run with --judge")
-    judge, tokenizer, ckpt = load(o.judge, "--judge", o.device)
-    if judge.b != 1:
-        raise UserError(f"--judge {o.judge}: a diffusion model; name an AR one")
     warping = {"temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p}
     entrants = []
-    for path in o.bench.split(","):
-        model, its_tokenizer, _ = load(path, "--bench", o.device)
+    for path, (model, its_tokenizer, _) in zip(paths, loaded):
         same_vocabulary(f"--bench {path}", its_tokenizer, model,
-                        f"--judge {o.judge}", tokenizer, judge)
+                        f"{paths[0]}", tokenizer, loaded[0][0])
         for way in ways_to_write(o, model.b):
             name = " ".join([Path(path).stem, *(f"{key} {value}" for key, value in way.items())])
             entrants.append((name, model, {**way, **warping}))
-    corpus = load_corpus(ckpt["options"]["data"], tokenizer, judge.L)
+    corpus = load_corpus(data, tokenizer, loaded[0][0].L)
     rows = compare(entrants, judge, corpus, o.texts, o.seed)
     write_json(f"{o.out}/bench.json", {"options": vars(o), "versions": versions(), "rows": rows})
 

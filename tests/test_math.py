@@ -157,20 +157,57 @@ def test_mask_causal():
 
 
 def test_mask_blocks_of_two():
-    assert drawn(2) == ["##........",    # clean x0 x1
-                        "##........",
-                        "####......",    # clean x2 x3 (nobody looks back at x4 x5)
-                        "####......",
-                        "....##....",    # noisy z0 z1
+    assert drawn(2) == ["#.........",    # the clean stream is the AR model's: it says x0,
+                        "##........",    # x1,
+                        "###.......",    # x2,
+                        "####......",    # x3 (nobody looks back at what says x4 or x5)
+                        "....##....",    # noisy, say x0 and x1
                         "....##....",
-                        "##....##..",    # noisy z2 z3
+                        "##....##..",    # noisy, say x2 and x3; the first of them holds x1
                         "##....##..",
-                        "####....##",    # noisy z4 z5
+                        "####....##",    # noisy, say x4 and x5; the first of them holds x3
+                        "####....##"]
+
+
+def test_mask_with_a_short_last_block():
+    assert drawn(4) == ["#.........",    # clean, say x0 .. x3
+                        "##........",
+                        "###.......",
+                        "####......",
+                        "....####..",    # noisy, say x0 .. x3
+                        "....####..",
+                        "....####..",
+                        "....####..",
+                        "####....##",    # noisy, say x4 and x5
                         "####....##"]
 
 
 def test_mask_bidirectional():
     assert drawn(6) == ["######"] * 6
+
+
+@pytest.mark.parametrize("b", [2, 4])
+def test_a_student_reads_where_its_teacher_reads(b):
+    """A last block of one token has no other slot to look at: there the teacher speaks itself."""
+    teacher = random_model(1, L=5)
+    student = Transformer(Config(V, 5, b, n_layer=2, n_head=2, n_embd=16)).double().eval()
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    assert not student.own.weight.any()
+    x = torch.randint(V, (20, 5))
+    z = dlm.hide(x, b, MASK)
+    assert_close(student(x, z)[:, 4], teacher(x, x)[:, 4])
+    assert (student(x, z)[:, 1] - teacher(x, x)[:, 1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("b", [2, 4])
+def test_the_first_slot_of_a_block_holds_the_text_not_the_state(b):
+    """In OPDLM the blocks of z are rollouts behind real text x, and not behind each other."""
+    model = random_model(b, L=8)
+    x = torch.randint(V, (5, 8))
+    z = dlm.hide(x, b, MASK)
+    other = z.clone()
+    other[:, :b] = (z[:, :b] + 1) % V                          # the first block, none of it hidden
+    assert_close(model(x, other)[:, b:], model(x, z)[:, b:])
 
 
 @pytest.mark.parametrize("b", [1, 2, 3, 4])
@@ -704,7 +741,7 @@ def test_top_k_and_top_p_keep_rows_apart():
 
 def test_temperature():
     model = random_model(4)
-    greedy = dlm.generate(model, 8, 4, order="confidence", temperature=0.0)
+    greedy = dlm.generate(model, 8, 4, order="left", temperature=0.0)
     assert (greedy == greedy[0]).all()
     hidden = torch.full((1, L), MASK)
     p = (model(hidden, hidden) / 0.5).softmax(-1)[0]
@@ -1378,11 +1415,11 @@ def test_last_words_are_found_by_who_knows(b):
 
 
 def test_passages_end_in_words():
-    corpus = train_teacher.load_corpus("arithmetic", "char", 16)
+    corpus = train_teacher.load_corpus("stories", "char", 16)
     passages = sample.passages(corpus, 50)
     assert 40 < len(passages) <= 50
     assert len(set(passages)) == len(passages)
-    assert all(re.search(r"\d\d\+\d\d=\d{3}$", passage) for passage in passages)
+    assert all(re.search(r"\b\w+$", passage) for passage in passages)
 
 
 # --- what an audit found --------------------------------------------------------------------------

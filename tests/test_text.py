@@ -50,14 +50,14 @@ def text_file(tmp_path):
 
 # --- corpora and splits ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["docs", "arithmetic"])
+@pytest.mark.parametrize("name", ["docs", "stories"])
 def test_split_is_90_5_5(name):
     size = {part: len(text) for part, text in split_corpus(name).items()}
     for part, share in zip(PARTS, (0.90, 0.05, 0.05)):
         assert size[part] / sum(size.values()) == pytest.approx(share, abs=0.012)
 
 
-@pytest.mark.parametrize("name", ["docs", "arithmetic"])
+@pytest.mark.parametrize("name", ["docs", "stories"])
 def test_split_is_the_same_whatever_the_random_state(name):
     before = random.getstate()
     first = split_corpus(name)
@@ -110,18 +110,54 @@ def test_python_without_topics_is_told_the_way_out(monkeypatch):
         split_corpus("docs")
 
 
-def test_arithmetic_lines_are_right_sums_of_fixed_width():
-    lines = "".join(train_teacher.arithmetic()).splitlines()
-    found = [re.fullmatch(r"(\d\d)\+(\d\d)=(\d\d\d)", line).groups() for line in lines]
-    assert all(int(a) + int(b) == int(c) for a, b, c in found)
-    assert len(lines) == len({frozenset((a, b)) for a, b, _ in found}) == 100 * 101 // 2
+def test_stories_are_right_and_told_once():
+    lines = [line.rstrip("\n") for line in train_teacher.stories()]
+    assert 7500 < len(lines) == len(set(lines))
+    assert not any(train_teacher.faults(line) for line in lines)
+    for form in train_teacher.FORMS:                         # each form is a quarter of them
+        start = form.format_map({"A": r"\w+", "m": r"\d+", "colour": r"\w+", "thing": r"\w+",
+                                 "B": r"\w+", "n": r"\d+", "she": "(she|he)", "her": "(her|him)",
+                                 "sum": r"\d+", "rest": r"\d+"})
+        share = sum(bool(re.fullmatch(start, line)) for line in lines) / len(lines)
+        assert share == pytest.approx(0.25, abs=0.03)
 
 
-def test_arithmetic_has_no_sum_of_the_training_part_in_the_others():
-    """Not even the other way round."""
-    texts = split_corpus("arithmetic")
-    found = {part: {frozenset(line[:5].split("+")) for line in texts[part].splitlines()}
-             for part in PARTS}
+@pytest.mark.parametrize("story, wrong", [
+    ("Mia had 7 red cups. Leo gave her 5 more. Now she has 12 red cups.", set()),
+    ("Mia had 7 red cups. Leo gave her 5 more. Now she has 13 red cups.", {"sum"}),
+    ("Mia had 7 red cups. Leo gave him 5 more. Now he has 12 red cups.", {"she", "her"}),
+    ("Mia had 7 red cups. Leo gave her 5 more. Now she has 12 blue hats.", {"colour", "thing"}),
+    ("Mia had 7 red cups. Mia gave her 5 more. Now she has 12 red cups.", {"B"}),
+    ("Lia had 7 red cups. Leo gave her 5 more. Now she has 12 red cups.", {"A"}),
+    ("Mia had many red cups. Leo gave her 5 more. Now she has 12 red cups.", {"m"}),
+    ("Mia had 7 rude cups. Leo gave her 5 more. Now she has 12 rude cups.", {"colour"}),
+    ("Tom had 9 red kites. Eve took 4 from him. Now he has 5 red kites.", set()),
+    ("Tom had 9 red kites. Eve took 4 from him. Now he has 6 red kites.", {"rest"}),
+    ("Zoe has 2 black pens. Sam has 2. Together they have 4 black pens.", set()),
+    ("Zoe has 2 black pens. Sam has 2. Together they have 4 black balls.", {"thing"}),
+    ("Zoe saw 2 black pens. Sam saw 3 more than she did. So Sam saw 5.", set()),
+    ("Zoe saw 2 black pens. Sam saw 3 more than he did. So Zoe saw 5.", {"she", "B"}),
+    ("Zoe saw 2 black pens. Sam saw 3 more than she did. So Sam saw.", {"form"}),
+    ("Zoe saw 2 black pens. Sam saw 3 more than she did. So Sam saw 5. ", {"form"}),
+    ("", {"form"})])
+def test_faults_of_a_story(story, wrong):
+    assert train_teacher.faults(story) == wrong
+
+
+def test_marks_of_stories():
+    right = "Zoe has 2 black pens. Sam has 2. Together they have 4 black pens."
+    wrong = right.replace("4", "5")
+    texts = [f"begin.\n{right}\n{wrong}\n{right}\nend", "no whole one", f"{right}\n\nend"]
+    marks = train_teacher.mark_stories(texts, f"{wrong}\n")
+    assert marks["stories"] == 4                             # an empty line is one, a wrong one
+    assert marks["right"] == 2 / 4 and marks["right_se"] == 1 / 4
+    assert marks["distinct"] == 3 / 4 and marks["known"] == 1 / 4
+    assert train_teacher.mark_stories([], "")["right"] == 0
+
+
+def test_no_story_of_the_training_part_is_in_the_others():
+    texts = split_corpus("stories")
+    found = {part: set(texts[part].splitlines()) for part in PARTS}
     assert found["train"].isdisjoint(found["val"] | found["test"])
     assert found["val"].isdisjoint(found["test"])
 
