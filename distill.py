@@ -38,7 +38,6 @@ METHODS = {  # name: states, target, learning rate
 }
 SHARES = {"tcs": 0.4, "sdtt": 0.08, "opdlm": 0.15}   # of --updates, with --method all
 JUDGED = 256        # texts a row of the table; their NLL has a sampling error of .02 nats per token
-STEPS = (1, 2, 4, 8, 16, 32, 64)
 FLOOR = 0.9         # of held-out text's entropy: what a student writes should not fall below it
 COLLAPSED = 20      # nats, added to the validation of a student below that floor
 
@@ -218,18 +217,7 @@ class Distillation:
 
 
 # --------------------------------------------------------------------------------------------------
-# What the students write
-
-def entrants(teacher, student, most, order):
-    """Who writes for the table: the AR teacher, and the student by order and steps up to `most`."""
-    found = [("AR teacher", teacher, {}),
-             (f"student, {most} steps, ancestral", student, {"steps": most, "order": "ancestral"}),
-             ("student, threshold 0.9", student, {"threshold": 0.9})]
-    for n in STEPS:
-        if n <= most:
-            found.append((f"student, {n} steps, {order}", student, {"steps": n, "order": order}))
-    return found
-
+# The script: one run, the rounds of SDTT, or all methods
 
 def plot_quality(rows):
     """Quality and entropy against calls; the first two rows, text and AR teacher, as lines."""
@@ -242,7 +230,8 @@ def plot_quality(rows):
             ax.axhline(r[key], color="0.5", linestyle=style, label=r["what"])
         lines = {}
         for r in rows[2:]:
-            name = r["what"].split(",")[0] + ", " + r.get("order", "threshold")
+            how = "threshold" if "threshold" in r else r["order"]
+            name = r["what"].split(",")[0] + ", " + how
             lines.setdefault(name, []).append((r["calls"], r[key]))
         for (name, points), marker in zip(lines.items(), "os^vD<"):
             ax.plot(*zip(*points), "k-" + marker, markerfacecolor="none", label=name)
@@ -250,9 +239,6 @@ def plot_quality(rows):
     axes[1].legend(fontsize=6)
     return fig
 
-
-# --------------------------------------------------------------------------------------------------
-# The script: one run, the rounds of SDTT, or all methods
 
 def teacher_path(o):
     """The AR model to learn from: given, found in runs/, or trained first."""
@@ -335,7 +321,10 @@ def report(o, folder, trainer, teacher, judge, corpus, more):
     model = trainer.averaged()
     most = min(model.b, o.first or model.b)
     texts = JUDGED if judge else 4 * JUDGED
-    rows = sample.compare(entrants(teacher, model, most, o.order), judge, corpus, texts)
+    ways = sample.ways_to_write(model.b, o.order, most=most)
+    entrants = [("AR teacher", teacher, {})]
+    entrants += [(f"student, {name}", model, way) for name, way in ways.items()]
+    rows = sample.compare(entrants, judge, corpus, texts)
     if model.L % model.b == 0:
         held = train_teacher.consecutive(corpus.parts["test"], model.L, 64)
         held = held.to(model.embedding.weight.device)
@@ -424,7 +413,7 @@ def main_job(o):
     table = read_table(tcs)[:2]                                 # held-out text and the AR teacher
     for name, its_folder in {"TCS": tcs, "SDTT": sdtt, "OPDLM": opdlm}.items():
         for r in read_table(its_folder):
-            if r.get("order") == o.order:
+            if "order" in r:
                 table.append({**r, "what": r["what"].replace("student", name)})
     sample.print_rows(table, header=f"blocks of {o.block or 'all'}")
     train_teacher.save_figure(plot_quality(table), Path(folder, "quality.png"))

@@ -1034,7 +1034,7 @@ def copied(x, text, n=8):
 
 
 def judge_samples(judge, x, train_text):
-    """What is said of texts x (B, L): entropies, how much is copied, NLL under an AR judge if any."""
+    """What is said of texts x (B, L): entropies, how much is copied, NLL under the judge, if any."""
     marks = {"entropy": entropy(x), "bigram_entropy": entropy(x, 2),
              "distinct_2": distinct(x, 2), "copied": copied(x, train_text)}
     if judge:

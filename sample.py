@@ -25,11 +25,12 @@ from pathlib import Path
 import dlm  # before torch, for the setting that torch must find when it starts
 import torch
 from dlm import UserError
-from train_teacher import (consecutive, load, load_corpus, mark_stories, option, parse, pick_device, replace_file,
-                           run_script, same_vocabulary, versions, write_json)
+from train_teacher import (consecutive, load, load_corpus, mark_stories, option, parse,
+                           pick_device, replace_file, run_script, same_vocabulary, versions, write_json)
 
 SHIPPED = Path(__file__).parent / "assets" / "dlm-docs-whole.pt"  # to see something at once
 OWN_PACE = ("ancestral", "spread")  # orders that decide how many tokens a step reveals
+SURE = (0.7, 0.9, 0.99)             # thresholds that tables compare
 HIDDEN = "░"
 COLOURS = {"given": "\033[36m{}\033[0m", "hidden": "\033[2m{}\033[0m", "new": "\033[1;32m{}\033[0m"}
 INKS = {"given": "#0a7d8c", "hidden": "#bbbbbb", "new": "#1a9641", "old": "#222222"}
@@ -58,7 +59,7 @@ class Options:
     correct: str = option("", "rewrite the unlikely tokens of this text")
     doubt: float = option(6.0, "--correct: how much likelier the other is, in nats", at_least=0)
     bench: str = option("", "runs to compare, with commas; --order, --steps, --threshold narrow it")
-    judge: str = option("", "--bench: the AR run that judges, best of another seed; stories need none")
+    judge: str = option("", "--bench: the AR run that judges, best of another seed; not of stories")
     texts: int = option(128, "--bench: texts a row", at_least=2)
     out: str = option("runs/bench", "--bench: folder of its bench.json")
     watch: bool = option(False, "show texts as they resolve: hidden tokens dim, new ones bright")
@@ -230,18 +231,20 @@ def last_word_accuracy(model, passages, tokenizer, temperature=0, **way):
     return sum(found) / max(1, len(found))
 
 
-def ways_to_write(o, b):
-    """The arguments of `dlm.sample` that --bench compares for a model with blocks of b tokens."""
+def ways_to_write(b, order="", steps=0, threshold=0.0, most=0):
+    """What tables compare for blocks of b tokens: names, and arguments of `dlm.sample`, in a dict.
+
+    Every order in 1, 2, 4 .. steps (at most `most`) and some thresholds, unless one is given.
+    """
     if b == 1:
-        return [{}]
-    orders = [o.order] if o.order else dlm.ORDERS
-    steps = [o.steps] if o.steps else [2 ** k for k in range(b.bit_length())]
-    thresholds = [o.threshold] if o.threshold else [0.5, 0.7, 0.9]
-    by_steps = [{"order": order, "steps": N} for order in orders for N in steps]
-    by_threshold = [{"order": o.order or "left", "threshold": t} for t in thresholds]
-    if o.threshold:
-        return by_threshold
-    return by_steps if o.steps or o.order in OWN_PACE else by_steps + by_threshold
+        return {"": {}}
+    orders = [order] if order else dlm.ORDERS
+    numbers = [steps] if steps else [2 ** k for k in range((most or b).bit_length())]
+    ways = [] if threshold else [{"order": name, "steps": N} for name in orders for N in numbers]
+    if not steps:
+        order = "left" if order in ("", *OWN_PACE) else order
+        ways += [{"order": order, "threshold": t} for t in ([threshold] if threshold else SURE)]
+    return {" ".join(f"{key} {value}" for key, value in way.items()): way for way in ways}
 
 
 def compare(entrants, judge, corpus, B, seed=0):
@@ -297,26 +300,24 @@ def bench(o):
     """Each model by each order and number of steps: a table, and bench.json."""
     paths = o.bench.split(",")
     loaded = [load(path, "--bench", o.device) for path in paths]
-    tokenizer, first_ckpt = loaded[0][1:]
-    data = first_ckpt["options"]["data"]
+    first, tokenizer, ckpt = loaded[0]
+    data = ckpt["options"]["data"]
     judge = None
     if o.judge:
         judge, its_tokenizer, _ = load(o.judge, "--judge", o.device)
         if judge.b != 1:
             raise UserError(f"--judge {o.judge}: a diffusion model; name an AR one")
-        same_vocabulary(f"--bench {paths[0]}", tokenizer, loaded[0][0],
+        same_vocabulary(f"--bench {paths[0]}", tokenizer, first,
                         f"--judge {o.judge}", its_tokenizer, judge)
     elif data != "stories":
         raise UserError("--bench: wants a judge; name an AR run with --judge")
     warping = {"temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p}
     entrants = []
     for path, (model, its_tokenizer, _) in zip(paths, loaded):
-        same_vocabulary(f"--bench {path}", its_tokenizer, model,
-                        f"{paths[0]}", tokenizer, loaded[0][0])
-        for way in ways_to_write(o, model.b):
-            name = " ".join([Path(path).stem, *(f"{key} {value}" for key, value in way.items())])
-            entrants.append((name, model, {**way, **warping}))
-    corpus = load_corpus(data, tokenizer, loaded[0][0].L)
+        same_vocabulary(f"--bench {path}", its_tokenizer, model, paths[0], tokenizer, first)
+        for name, way in ways_to_write(model.b, o.order, o.steps, o.threshold).items():
+            entrants.append((f"{Path(path).stem} {name}".strip(), model, {**way, **warping}))
+    corpus = load_corpus(data, tokenizer, first.L)
     rows = compare(entrants, judge, corpus, o.texts, o.seed)
     write_json(f"{o.out}/bench.json", {"options": vars(o), "versions": versions(), "rows": rows})
 

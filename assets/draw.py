@@ -3,6 +3,7 @@
 Each function takes what its JSON file holds and returns a figure, or a table as Markdown. The
 command draws the PICTURES and writes the TABLES into the PAGES.
 """
+import itertools
 import json
 import math
 import re
@@ -299,168 +300,111 @@ def quality(rows):
 
 
 # --------------------------------------------------------------------------------------------------
-# OPDLM
+# Students that read where their teacher reads
 
-WAYS = {  # students of the AR weights
-    "OPDLM": ("ko-", dict(states="rollout", target="prefix", student="ar")),
-    "prefix (causal, random masks)": ("ks:", dict(states="data", target="prefix", student="ar")),
-    "plain": ("k^--", dict(states="data", target="onehot", student="ar")),
-}
-TOKENS = 512 / 1e6                  # of text, that an update takes; in millions
-AR_TOKENS = 500 * 32 * 64 / 1e6     # of text, that the AR model itself took
+STUDENTS = {"opdlm": ("OPDLM", "ko-"), "tcs": ("TCS", "kD-."), "prefix": ("prefix", "ks:"),
+            "plain": ("plain", "k^--"), "own": ("plain, own slot", "kv-")}
+UPDATES = (50, 200, 1000)
+ONE, SURE, TWO, FOUR = "one", "surest", "two", "four"      # tokens a step: left first, surest first
 
 
-def on_docs(kept):
-    """Runs of the comparison: blocks of four, one rate for all that start from the AR weights."""
-    runs = chosen(kept["runs"], data="docs", block=4, order="spread", whole=0, first=0)
-    return chosen(runs, student="random") + chosen(runs, student="ar", lr=0.006)
+def students(kept, data, name, **want):
+    """The runs of a method on `docs` or `stories`, in blocks of four, from the AR weights."""
+    usual = dict(block=4, start="ar", total=1000, states="")
+    return chosen(kept["runs"], data=data, name=name, **{**usual, **want})
 
 
-def ar_level(ax, runs, style="--"):
-    level(ax, runs[0]["rows"]["ar 1"]["judge_nll"], "AR teacher", style)
+def written(way, updates=1000):
+    """What the students of so many updates write: judge NLL or, of stories, the share right."""
+    def measure(run):
+        row = run["at"][str(updates)][way]
+        return (row["right"], row["right_se"]) if "right" in row else judged(row)
+    return measure
 
 
-def quality_against_text(ax, kept):
-    """OPDLM: judge NLL against tokens of text, beside its controls."""
-    runs = chosen(on_docs(kept), fraction=1)
-    ways = {**WAYS, "TCS, random masks": ("kD-.", dict(states="data", target="topk")),
-            "plain from random weights": ("kv", dict(student="random"))}
-    for label, (style, way) in ways.items():
-        same = chosen(runs, **way)
-        budgets = sorted({r["steps"] for r in same})
-        points = [mean_of(same, spread(4), steps=n) for n in budgets]
-        errorbars(ax, [n * TOKENS for n in budgets], points, style, label)
-    ar_level(ax, runs)
-    ax.set(xscale="log", xlabel="tokens of text, millions", ylabel="judge NLL, nats per token",
-           title="OPDLM beside its controls, blocks of 4", ylim=(None, 4.7))  # room for the legend
-    ticks(ax, [0.125, 0.25, 0.5, 1, 2])
-    ax.legend(fontsize=7, loc="upper right")
+def at(key, updates=1000):
+    """Another number of students of so many updates: their bound, nats a token, or seconds."""
+    return lambda run: (run["at"][str(updates)][key], 0)
 
 
-def gap(kept):
-    """OPDLM: what a share of the text does, and how far students are from the teacher."""
-    runs = chosen(on_docs(kept), steps=1000)
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.4))
-    quality_against_share(axes[0], runs)
-    gap_bars(axes[1], runs, kept["before"]["docs-b4"])
-    for ax in axes:
-        ax.legend(fontsize=7)
+def percent(runs, measure):
+    mean, error = mean_of(runs, measure)
+    return f"{100 * mean:.0f}%" + (f" ± {100 * error:.0f}" if len(runs) > 1 else "")
+
+
+def said(data, runs, measure):
+    return (percent if data == "stories" else stated)(runs, measure)
+
+
+def by_updates(ax, kept, data, way, title):
+    """Quality against updates, method by method; the AR teacher as a line."""
+    for name, (label, style) in STUDENTS.items():
+        runs = students(kept, data, name)
+        points = [mean_of(runs, written(way, n)) for n in UPDATES]
+        errorbars(ax, UPDATES, points, style, label)
+    ar = kept["ar"][data]
+    level(ax, ar.get("right", ar.get("judge_nll")), "AR teacher", ":")
+    label = "judge NLL, nats per token" if data == "docs" else "share of stories that are right"
+    ax.set(xscale="log", xlabel="updates of 8 texts", ylabel=label, title=title)
+    ticks(ax, UPDATES)
+
+
+def student_curves(kept):
+    """What each method keeps of its teacher, and how well two tokens a step go."""
+    fig, axes = plt.subplots(2, 2, figsize=(9.5, 7))
+    for ax, (data, way) in zip(axes.flat, itertools.product(("docs", "stories"), (ONE, TWO))):
+        number = "one token a step, from the left" if way == ONE else "two tokens a step"
+        by_updates(ax, kept, data, way, f"{data}, {number}")
+    axes[0, 0].legend(fontsize=7)
     fig.tight_layout()
     return fig
 
 
-def quality_against_share(ax, runs):
-    for label, (style, way) in WAYS.items():
-        points = [mean_of(runs, spread(4), fraction=f, **way) for f in (0.1, 1)]
-        errorbars(ax, [0.1, 1], points, style, label)
-    for label, grey, target in (("causal", "0.4", "prefix"), ("one-hot", "0.7", "onehot")):
-        mean = mean_of(runs, spread(4), states="teacher", target=target)[0]
-        ax.axhline(mean, color=grey, label=f"{label}, the teacher's texts")
-    ar_level(ax, runs)
-    ax.set(xscale="log", xlabel="share of the text that the student sees",
-           ylabel="judge NLL, nats per token", title="1000 updates",
-           ylim=(None, 5.4))  # room for the legend
-    ticks(ax, [0.1, 1], ["10%", "100%"])
-
-
-def gap_bars(ax, runs, before):
-    gaps = {"before": before}
-    for label, (_, way) in WAYS.items():
-        same = chosen(runs, fraction=1, **way)
-        gaps[label.replace(", ", ",\n")] = [mean_of(same, gap_on(j))[0] for j in (0, 1)]
-    for j, label, grey, hatch in ((0, "states it visits", "0.35", ""),
-                                  (1, "random masks", "0.8", "//")):
-        x = [place + 0.4 * j for place in range(len(gaps))]
-        heights = [both[j] for both in gaps.values()]
-        ax.bar(x, heights, 0.4, color=grey, hatch=hatch, edgecolor="k", label=label)
-    ax.set_xticks([place + 0.2 for place in range(len(gaps))], gaps, fontsize=8)
-    ax.set(ylabel="KL from the AR teacher,\nnats per token", title="1000 updates, all the text")
-
-
-def blocks(kept):
-    """What the causal target costs as blocks grow: judge NLL at one token a step, one seed."""
-    runs = chosen(kept["runs"], data="docs", order="spread", fraction=1, seed=0)
-    runs = [r for r in runs if r["lr"] < 0.01]
-    start = dict(steps=1000, student="ar")
-    causal = "ks:", dict(method="prefix", states="data", lr=0.006, **start)
-    ways = {"OPDLM, the better rate": ("ko-", dict(method="opdlm", whole=0, **start)),
-            "causal, random masks": causal,
-            "plain": ("k^--", dict(method="plain", lr=0.006, **start))}
-    after = {"OPDLM on whole rollouts": ("ko-", dict(target="prefix", whole=1)),
-             "TCS on whole rollouts": ("kD-.", dict(target="topk", whole=1)), "before": causal}
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    axes[0].set(title="1000 updates from the AR weights")
-    axes[1].set(title="200 (64: 100) more, from the causal student")
-    for ax, series in zip(axes, (ways, after)):
-        for label, (style, want) in series.items():
-            best = best_by_block(chosen(runs, **want))
-            ax.plot(best.keys(), best.values(), style, markerfacecolor="none", label=label)
-        ar_level(ax, runs, ":")
-        ax.set(xscale="log", xlabel="block length, tokens", ylabel="judge NLL, nats per token")
-        ticks(ax, [4, 16, 64])
-        ax.legend(fontsize=8)
-    fig.tight_layout()
-    return fig
-
-
-def best_by_block(runs):
-    """{block length: the least judge NLL of the runs}, at one token a step."""
-    best = {}
-    for r in sorted(runs, key=lambda r: r["block"] or 64):  # --block 0 is the context
-        b = r["block"] or 64
-        if f"spread {b}" in r["rows"]:
-            best[b] = min(best.get(b, math.inf), spread(b)(r)[0])
-    return best
-
-
-def needs(kept):
-    """OPDLM and its controls: what they need, and what their students write."""
-    states = {"data": "random masks", "rollout": "rollouts",
-              "teacher": "random masks, the teacher's texts"}
-    weights = {"ar": "AR weights", "random": "random weights"}
-    runs = on_docs(kept)
-    keys = ("student", "fraction", "states", "target", "steps")
-    ways = {tuple(r[key] for key in keys) for r in runs}
+def slot_table(kept):
+    """Plain diffusion from the AR weights: the student's own slot against its teacher's."""
     rows = []
-    for way in sorted(ways, key=lambda way: (way[0], -way[1], *way[2:])):
-        same = chosen(runs, **dict(zip(keys, way)))
-        r = same[0]
-        share = ", a tenth" if r["fraction"] < 1 else ""
-        tokens = [f"{r[key] / 1e6:.2f}" for key in ("text_tokens", "student_tokens")]
-        gaps = [f"{mean_of(same, gap_on(j))[0]:.2f}" for j in (0, 1)]
-        rows.append([weights[r["student"]], states[r["states"]] + share, TARGETS[r["target"]],
-                     str(r["steps"]), *tokens, stated(same, spread(4)), stated(same, spread(2)),
-                     *gaps, str(len(same))])
-    return markdown(["from", "states", "target", "updates", "text tokens, M", "student tokens, M",
-                     "judge NLL, 4 steps", "2 steps", "KL on its own states",
-                     "KL on random masks", "seeds"], rows)
+    for data in ("docs", "stories"):
+        for n in (0, *UPDATES):
+            row = [f"`{data}`", str(n)]
+            for name in ("own", "plain"):
+                runs = students(kept, data, name)
+                row += [said(data, runs, written(way, n)) for way in (ONE, SURE, TWO)]
+                row.append(stated(runs, at("bound", n)))
+            rows.append(row)
+    head = [f"{slot} slot: {what}" for slot in ("own", "teacher's")
+            for what in ("1, left", "1, surest", "2", "bound")]
+    return markdown(["", "updates", *head], rows)
 
 
-def text_needed(kept):
-    """Text that a student of the AR weights needs to write as well as one from random weights."""
-    runs = chosen(on_docs(kept), fraction=1)
-    goal = mean_of(runs, spread(4), student="random", steps=4000)[0]
+def student_table(kept):
+    """The methods after 1000 updates: quality by tokens a step, bound, gap, and seconds."""
     rows = []
-    for label, (_, way) in WAYS.items():
-        same = chosen(runs, **way)
-        budgets = sorted({r["steps"] for r in same})
-        curve = [(n, mean_of(same, spread(4), steps=n)[0]) for n in budgets]
-        updates = updates_until(goal, curve)
-        text = updates * TOKENS
-        less = 4000 * TOKENS / (text + AR_TOKENS)
-        rows.append([label, f"{text:.2f}", f"{4000 / updates:.1f}", f"{less:.1f}"])
-    head = [f"for judge NLL {goal:.2f}", "millions of tokens of text", "times less",
-            "the AR model's text counted"]
-    return markdown(head, rows)
+    for data in ("docs", "stories"):
+        for name, (label, _) in STUDENTS.items():
+            runs = students(kept, data, name)
+            quality = [said(data, runs, written(way)) for way in (ONE, SURE, TWO, FOUR)]
+            gap = [f"{mean_of(runs, lambda r: (r['at']['1000']['gap'][i], 0))[0]:.3f}"
+                   for i in (0, 1)]
+            seconds = mean_of(runs, at("seconds"))[0] + mean_of(runs, number("asked"))[0]
+            rows.append([f"`{data}`", label, *quality, stated(runs, at("bound")), " / ".join(gap),
+                         f"{seconds:.0f} s", str(len(runs))])
+    head = ["1 a step, left", "1, surest", "2", "4", "bound", "KL from teacher: visited / random",
+            "training", "seeds"]
+    return markdown(["", "student", *head], rows)
 
 
-def updates_until(goal, curve):
-    """Updates after which a curve [(updates, NLL)] falls to the goal: a line in their logarithm."""
-    for (m, high), (n, low) in zip(curve, curve[1:]):
-        if low <= goal:
-            share = max(0, high - goal) / (high - low)
-            return m * (n / m) ** share
-    raise ValueError("the curve does not reach the goal")
+def threshold_table(kept):
+    """What a threshold saves: quality, and network calls for 64 tokens."""
+    rows = []
+    for data in ("docs", "stories"):
+        for name, (label, _) in STUDENTS.items():
+            row = [f"`{data}`", label]
+            runs = students(kept, data, name)
+            for t in ("t.99", "t.9", "t.7"):
+                calls = mean_of(runs, lambda run: (run["at"]["1000"][t]["calls"], 0))[0]
+                row.append(f"{said(data, runs, written(t))} in {calls:.1f}")
+            rows.append(row)
+    return markdown(["", "student", "threshold .99", ".9", ".7"], rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -502,20 +446,17 @@ def found_with_tcs(runs):
                  ("`plain`", chosen(data, fraction=1, target="onehot")))
 
 
-def found_with_opdlm(kept):
-    whole = chosen(kept["runs"], data="docs", block=0, student="ar", fraction=1, seed=0)
-
-    def writers(runs, **want):
-        return [(name, chosen(runs, **want, **way))
-                for name, (_, way) in zip(("`opdlm`", "`prefix`", "`plain`"), WAYS.values())]
-
-    runs = on_docs(kept)
-    tcs = "`tcs`", chosen(runs, steps=4000, states="data", target="topk")
-    yield beside("1000 updates", spread(4), *writers(runs, steps=1000, fraction=1))
-    yield beside("4000 updates", spread(4), *writers(runs, steps=4000), tcs)
-    yield beside("1000 updates, a tenth of the text", spread(4),
-                 *writers(runs, steps=1000, fraction=0.1))
-    yield beside("1000 updates, one block of 64", spread(64), *writers(whole, steps=1000))
+def found_with_students(kept):
+    """What each method keeps of its AR teacher, and what it adds."""
+    ways = {"docs": [("judge NLL", ONE), ("judge NLL", TWO)],
+            "stories": [("right", SURE), ("right", TWO)]}
+    number = {ONE: "one token a step", SURE: "one token a step, surest first",
+              TWO: "two tokens a step"}
+    for data, questions in ways.items():
+        for what, way in questions:
+            cells = [f"`{name}` {said(data, students(kept, data, name), written(way))}"
+                     for name in ("opdlm", "tcs", "prefix", "plain")]
+            yield [f"`{data}`, {number[way]}: {what}", "; ".join(cells[:2]), "; ".join(cells[2:])]
 
 
 def found():
@@ -523,7 +464,7 @@ def found():
     by_denoiser = found_with_denoiser(read("few-steps")["rows"], read("sdtt")["rows"])
     orders_row, *sdtt_rows = by_denoiser
     tcs_rows = found_with_tcs(chosen(read("tcs"), group="share"))
-    rows = [orders_row, *tcs_rows, *sdtt_rows, *found_with_opdlm(read("opdlm"))]
+    rows = [orders_row, *tcs_rows, *sdtt_rows, *found_with_students(read("students"))]
     return markdown(["", "method [seeds]", "controls"], rows)
 
 
@@ -532,7 +473,8 @@ def results():
     fig, axes = plt.subplots(1, 3, figsize=(13, 3.8))
     bound_against_share(axes[0], read("tcs"))
     quality_against_steps(axes[1], read("few-steps"), read("sdtt"))
-    quality_against_text(axes[2], read("opdlm"))
+    by_updates(axes[2], read("students"), "stories", TWO, "stories, two tokens a step")
+    axes[2].legend(fontsize=7)
     fig.tight_layout()
     return fig
 
@@ -543,6 +485,9 @@ def results():
 PICTURES = {"results": results}
 TABLES = {"main-job": lambda: main_job(read("main-job")),
           "results": found,
+          "slots": lambda: slot_table(read("students")),
+          "students": lambda: student_table(read("students")),
+          "thresholds": lambda: threshold_table(read("students")),
           "equal-quality": lambda: equal_quality(read("equal-quality"))}
 
 
