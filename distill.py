@@ -28,14 +28,16 @@ from tqdm import tqdm
 from dlm import UserError
 from train_teacher import option
 
-METHODS = {  # name: states, target, learning rate
-    "plain": ("data", "onehot", 0.02),        # masked diffusion without a teacher: the baseline
-    "sequence": ("teacher", "onehot", 0.02),  # sequence-level distillation: the teacher only writes
-    "prefix": ("data", "prefix", 0.02),       # the causal head as target: a biased shortcut
-    "tcs": ("data", "topk", 0.02),            # target concrete score
-    "sdtt": ("sampled", "later", 0.01),       # the teacher is the student's earlier self
-    "opdlm": ("rollout", "prefix", 0.006),  # on-policy: the student's own text, the AR model's word
+METHODS = {  # name: states, target
+    "plain": ("data", "onehot"),        # masked diffusion without a teacher: the baseline
+    "sequence": ("teacher", "onehot"),  # sequence-level distillation: the teacher only writes
+    "prefix": ("data", "prefix"),       # the causal head as target: a biased shortcut
+    "tcs": ("data", "topk"),            # target concrete score
+    "sdtt": ("sampled", "later"),       # the teacher is the student's earlier self
+    "opdlm": ("rollout", "prefix"),     # on-policy: the student's own text, the AR model's word
 }
+RATE = 0.002          # of students that know something: a higher one makes them forget it
+RATE_AT_RANDOM = 0.02
 SHARES = {"tcs": 0.4, "sdtt": 0.08, "opdlm": 0.15}   # of --updates, with --method all
 JUDGED = 256        # texts a row of the table; their NLL has a sampling error of .02 nats per token
 FLOOR = 0.9         # of held-out text's entropy: what a student writes should not fall below it
@@ -58,8 +60,8 @@ class Options(train_teacher.RunOptions):
     block: int = option(4, "block length b of the student; 0 is the whole context", at_least=0)
     updates: int = option(1000, "updates of the weights", at_least=1)
     batch_size: int = option(8, "texts an update", at_least=1)
-    lr: float = option(0.0, "Muon's learning rate; AdamW's is 0.15 of it; 0: the method's",
-                       at_least=0)
+    lr: float = option(0.0, "Muon's learning rate; AdamW's is 0.15 of it; 0: .002, or from random "
+                       "weights .02", at_least=0)
     divergence: str = option("forward", "forward, reverse, tvd or mse, between target and student",
                              ("forward", "reverse", "tvd", "mse"))
     fraction: float = option(1.0, "share of the training text that the student sees, from a place "
@@ -68,9 +70,9 @@ class Options(train_teacher.RunOptions):
     candidates: int = option(16, "K, candidates that topk and grad+topk score", at_least=1)
     order: str = option("spread", "order of writing: in rollouts, in the table, in sample.py",
                         dlm.ORDERS[1:])
-    first: int = option(0, "steps a block of rollouts and of sdtt's first teacher; 0: one a token",
+    steps: int = option(0, "steps a block of rollouts and of sdtt's first teacher; 0: one a token",
                         at_least=0)
-    last: int = option(1, "sdtt: steps a block of the last student", at_least=1)
+    fewest: int = option(1, "sdtt: steps a block of the last student", at_least=1)
     k: int = option(2, "sdtt: steps of the teacher that become one of the student", at_least=2)
 
 
@@ -90,7 +92,8 @@ class State:
 def halves(o, teacher, earlier_self, kept):
     """The two halves of every method: {name: states(student, x, rows)} and {name: target(state)}.
 
-    kept: the concrete scores of all texts, where they were asked before training.
+    kept: the concrete scores of all texts by row, where they were asked before training. On a
+    rollout, which is always new, they are asked anew.
     """
     b, V = earlier_self.b, teacher.V
 
@@ -98,16 +101,17 @@ def halves(o, teacher, earlier_self, kept):
     def data(student, x, rows):
         return State(x, x, dlm.hide(x, b, V), rows=rows)
 
-    def sampled(student, x, rows):
-        z, t = dlm.hide_at_step_times(x, b, V, o.last)
+    def sampled(student, x, rows):          # in a round of sdtt `steps` are the teacher's,
+                                            # `fewest` the student's
+        z, t = dlm.hide_at_step_times(x, b, V, o.fewest)
         return State(x, x, z, t)
 
     def rollout(student, x, rows):
-        y, z = dlm.rollout(student, x, o.first, o.order)
+        y, z = dlm.rollout(student, x, o.steps, o.order)
         return State(x, y, z)
 
     def whole(student, x, rows):
-        y, z = dlm.rollout(student, x, o.first, o.order, whole=True)
+        y, z = dlm.rollout(student, x, o.steps, o.order, whole=True)
         return State(y, y, z)
 
     # Targets: what it aims at, (B, L, V).
@@ -123,7 +127,7 @@ def halves(o, teacher, earlier_self, kept):
         return dlm.dense(*(a[s.rows] for a in kept), V)
 
     def later(s):
-        return dlm.sdtt(earlier_self, s.x, s.z, s.t, 1 / o.first, o.k)     # o.first: its own steps
+        return dlm.sdtt(earlier_self, s.x, s.z, s.t, 1 / o.steps, o.k)
 
     states = {"data": data, "teacher": data, "sampled": sampled, "rollout": rollout, "whole": whole}
     targets = {"onehot": onehot, "prefix": prefix, "later": later}
@@ -132,8 +136,9 @@ def halves(o, teacher, earlier_self, kept):
 
 def choose_method(o):
     """Fills in what the method says and the user did not, and refuses pairs that make no sense."""
-    states, target, lr = METHODS[o.method]
-    o = dataclasses.replace(o, states=o.states or states, target=o.target or target, lr=o.lr or lr)
+    states, target = METHODS[o.method]
+    lr = o.lr or (RATE_AT_RANDOM if o.student == "random" else RATE)
+    o = dataclasses.replace(o, states=o.states or states, target=o.target or target, lr=lr)
     if o.divergence == "reverse" and o.target not in ("prefix", "later"):
         raise UserError("--divergence reverse: infinite where the target is one-hot; "
                         "use forward, tvd or mse")
@@ -156,7 +161,7 @@ def texts_for(o, teacher, ids):
         start = torch.randint(len(ids) - n + 1, ())
     windows = ids[start:start + n].unfold(0, L, 1)              # every one of them, as a view
     if o.states == "data" and o.target in dlm.ESTIMATORS:       # as many as the teacher will score
-        return windows[torch.linspace(0, len(windows) - 1, o.texts).long().unique()]
+        return windows[(torch.arange(o.texts) * (len(windows) - 1) // (o.texts - 1)).unique()]
     return windows
 
 
@@ -198,16 +203,16 @@ class Distillation:
     def validate(self, student):
         """How surprised the student is by text, and the teacher by the student's: nats per token.
 
-        The bound asks for every state, and hardly notices a text that falls apart. The teacher's
-        NLL of what the student writes does, and likes what is dull. So we take the sum of the two,
-        above a floor of the entropy.
+        The bound asks about every state, but hardly notices when texts fall apart. The teacher's
+        NLL of what the student writes does notice, but likes what is dull. So this is their sum,
+        and more where the texts are duller than FLOOR allows.
         """
         o = self.o
-        steps = o.last if o.states == "sampled" else o.first or student.b
+        steps = o.fewest if o.states == "sampled" else o.steps or student.b
         with dlm.seeded(0):
-            written = dlm.generate(student, 64, min(steps, 16), order=o.order)
+            written = dlm.generate(student, 64, min(steps, 16), order=o.order)  # 16: b may be large
         value = dlm.bound(student, self.held)[0] + dlm.bound(self.teacher, written)[0]
-        real = dlm.entropy(self.held)
+        real = dlm.entropy(self.held[:len(written)])       # as many: it grows with their number
         its_own = dlm.entropy(written)
         if its_own < FLOOR * real:
             tqdm.write(f"warning: what the student writes has {its_own:.2f} nats of entropy, "
@@ -302,7 +307,7 @@ def run(o, ckpt=None):
     """One method: trains into its folder, and reports."""
     device = train_teacher.pick_device(o.device)
     o = choose_method(o)
-    what = o.method if METHODS[o.method][:2] == (o.states, o.target) else f"{o.states}-{o.target}"
+    what = o.method if METHODS[o.method] == (o.states, o.target) else f"{o.states}-{o.target}"
     folder = train_teacher.folder_of(o, train_teacher.run_name(o, what, f"-b{o.block}"))
     path, teacher, student, judge, corpus = load_models(o, device, folder, ckpt)
     start = time.time()
@@ -319,7 +324,7 @@ def run(o, ckpt=None):
 def report(o, folder, trainer, teacher, judge, corpus, more):
     """The table, the figure, samples, and what train_teacher.py reports of any model."""
     model = trainer.averaged()
-    most = min(model.b, o.first or model.b)
+    most = min(model.b, o.steps or model.b)
     texts = JUDGED if judge else 4 * JUDGED
     ways = sample.ways_to_write(model.b, o.order, most=most)
     entrants = [("AR teacher", teacher, {})]
@@ -362,6 +367,15 @@ def finish(o, folder):
     return folder
 
 
+def most_steps(o, b):
+    """Steps a block of the teacher of sdtt's first round."""
+    N = o.steps or b
+    if N // o.k < o.fewest:
+        raise UserError(f"--steps {N}: a round of k = {o.k} makes {N // o.k} steps of it, "
+                        f"below --fewest {o.fewest}")
+    return N
+
+
 def rounds(o):
     """SDTT: each round is a run, whose student starts the next -> {steps a block: its folder}."""
     if o.target:
@@ -372,17 +386,14 @@ def rounds(o):
     b = train_teacher.load(o.student, "--student")[0].b
     if b == 1:
         raise UserError(f"--student {o.student}: an AR model; sdtt starts from a diffusion model")
-    N = o.first or b
-    if N // o.k < o.last:
-        raise UserError(f"--first {N}: a round of k = {o.k} makes {N // o.k} steps of it, "
-                        f"below --last {o.last}")
+    N = most_steps(o, b)
     base = o.out or "runs/" + train_teacher.run_name(o, o.method, f"-b{b}")
     student = o.student
     folders = {}
-    while N // o.k >= o.last:
+    while N // o.k >= o.fewest:
         N = N // o.k
         print(f"\n{N * o.k} steps a block become {N}", flush=True)
-        part = dataclasses.replace(o, first=N * o.k, last=N, block=b, student=student)
+        part = dataclasses.replace(o, steps=N * o.k, fewest=N, block=b, student=student)
         student = finish(part, f"{base}-{N}steps")
         folders[N] = student
     return folders
@@ -394,6 +405,10 @@ def main_job(o):
         name = "states" if o.states else "target"
         raise UserError(f"--{name} {vars(o)[name]}: every method has its own; "
                         "name one with --method")
+    for method in SHARES:
+        choose_method(dataclasses.replace(o, method=method))    # refuses now what it would later
+    if o.block:
+        most_steps(o, o.block)
     print("a teacher, a judge, then TCS, SDTT and OPDLM: 4 to 8 minutes on 2 cores with the "
           "defaults", flush=True)
     L = train_teacher.load(teacher_path(o), "--teacher")[0].L
@@ -404,9 +419,8 @@ def main_job(o):
                                          updates=max(1, round(o.updates * share)))
              for method, share in SHARES.items()}
     tcs = finish(parts["tcs"], f"{folder}-tcs")
-    steps = o.first or o.block or L
     one_round = dataclasses.replace(parts["sdtt"], student=tcs, out=f"{folder}-sdtt",
-                                    last=max(o.last, steps // o.k))
+                                    fewest=max(o.fewest, most_steps(o, o.block or L) // o.k))
     *_, sdtt = rounds(one_round).values()
     opdlm = finish(parts["opdlm"], f"{folder}-opdlm")
 

@@ -45,23 +45,26 @@ class Config:
 
 
 def clean_slots(L, b):
-    """How many slots carry clean tokens in one pass over a text of L tokens."""
+    """How many slots carry clean tokens in one pass over a text of L tokens (see `slots`)."""
     return L if b == 1 else (L - 1) // b * b
 
 
 def slots(L, b, device=None):
     """The input slots of one pass: their positions (S,), and which carry clean tokens (S,).
 
-    Slot i holds token i-1 and says token i, as in any AR model; slot 0 holds [MASK]. So a student
-    finds what its teacher knows where the teacher keeps it ("shift", DiffuLLaMA, 2410.17891).
+    Slot i holds token i-1 and says token i, as in any AR model; slot 0 holds [MASK].
 
-    clean  of all blocks but the last: the AR model itself, [MASK] x_0 x_1 ..
-    noisy  of all blocks: slot i holds z_{i-1}, or x_{i-1} where i begins a block; and to that is
-           added, through a matrix that starts at zero, z_i: a visible token is copied, but its
-           block may look at it
+    clean  [MASK] x_0 x_1 .. of all blocks but the last: the AR model itself. Where b > 1 these
+           slots say nothing; later blocks look at them.
+    noisy  of all blocks. Slot i holds z_{i-1} or, where i begins a block, x_{i-1}. To its
+           embedding is added own(z_i): without that nobody would see a block's last token.
 
-    With b = 1 a noisy slot would hold and see what the clean one does, so there are none. With
-    b = L no block lies left of another, so no clean slot is needed.
+    L = 8, b = 4:   clean  [MASK] x0 x1 x2      noisy  [MASK] z0 z1 z2 | x3 z4 z5 z6
+
+    The matrix `own` starts at zero. So a student with the weights of an AR model starts as that
+    model, but that it also looks to the right in its block ("shift", DiffuLLaMA, 2410.17891).
+    With b = 1 every slot begins a block: a noisy one would hold and see what the clean one does,
+    so there are none. With b = L no block lies left of another, so no clean slot is needed.
     """
     n_clean = clean_slots(L, b)
     n_noisy = 0 if b == 1 else L
@@ -74,13 +77,14 @@ def slots(L, b, device=None):
 def attends(position_q, clean_q, position_k, clean_k, b):
     """The attention mask (Q, K): which slot may look at which. b is what a diffusion LM adds.
 
-    The clean stream is causal: its blocks are one token long.
+    A slot sees the clean slots before its block, and its block in its own stream. In the clean
+    stream a block is one token, so that stream is causal.
     """
-    size = torch.where(clean_q, 1, b)[:, None]
-    begin = position_q[:, None] // size * size             # where the slot's own block begins
+    length = torch.where(clean_q, 1, b)[:, None]
+    begin = position_q[:, None] // length * length         # where the slot's own block begins
     earlier_clean = clean_k & (position_k < begin)
     other_stream = clean_q[:, None] ^ clean_k              # torch.compile fails on `==` here
-    own_block = ~other_stream & (position_k >= begin) & (position_k < begin + size)
+    own_block = ~other_stream & (position_k >= begin) & (position_k < begin + length)
     return earlier_clean | own_block
 
 
@@ -117,11 +121,13 @@ class Layer(nn.Module):
         nn.init.zeros_(self.down.weight)
 
     def forward(self, h, rope, mask, kept=None, done=0, last=0, wanted=None):
-        """h (B, T, d) -> (B, T, d). mask: (T, K), "causal", or None where every slot sees all.
+        """h (B, T, d) -> (B, T, d).
+
+        mask: (T, K) or (B, 1, T, K); "causal", if nothing is cached; None: every slot sees all.
 
         kept (2, B, H, room, D): a layer of the cache. Its first `done` slots are valid, and these T
         are written behind them. last: compute the output for the last so many slots only; 0: all.
-        wanted: a mask of those; then the output holds the wanted ones, row after row (number, d).
+        wanted (B, last): a mask of those; then the output holds the wanted ones (number, d).
         """
         B, T, d = h.shape
         qkv = self.qkv(norm(h)).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
@@ -233,6 +239,7 @@ class Transformer(nn.Module):
         x (B, L): the finished text before each block; z (B, L): the state of one block or several;
         wanted (B, stop - start). The n answers come row after row. They equal those of model(x, z),
         but clean slots run once. Cache None: an empty one, or none where there are no clean slots.
+        Before the block that is written x and z are the same, so `fill` gives one for both.
 
         The slots of a call are the clean ones that are not in the cache yet, then the noisy ones.
         An AR model has n_clean = stop and no noisy slots; for one block n_clean = start; for all
@@ -240,7 +247,7 @@ class Transformer(nn.Module):
         overwrites what lies behind them.
         """
         b = self.b
-        if b >= x.size(1):                                 # no cache: leave idle rows out
+        if b >= x.size(1):                                 # no cache, so idle rows may go
             rows = wanted.any(1)
             x, z, wanted = x[rows], z[rows], wanted[rows]
         n_clean = clean_slots(stop, b)
@@ -251,8 +258,8 @@ class Transformer(nn.Module):
         if cache is None and b < x.size(1):
             cache = self.empty_cache(len(x), max(x.size(1), len(position)))
         done = cache.done if cache else 0
-        mask = None                                        # one block sees all that is cached,
-        if done < start or stop - start > b:               # but not clean slots that are new, too
+        mask = None                                        # one block sees all there is, but
+        if done < start or stop - start > b:               # new clean slots are causal
             mask = attends(position[done:], is_clean[done:], position, is_clean, b)
         e = self.embedding(self.shift(x)[:, done:n_clean])
         if n_noisy:
@@ -267,19 +274,22 @@ class Transformer(nn.Module):
     def score_behind(self, x, e, b):
         """log p(y_i | x before i's block, y_<i in it) (B, L, V): each block of y stands behind x.
 
-        e (B, L, d) are the embeddings of y. With y = x this is model(x, x).
+        e (B, L, d) are the embeddings of y, which `suffix_gradient` differentiates by. b: the
+        student's. With y = x this is model(x, x).
         """
         L = x.size(1)
+        n_clean = clean_slots(L, b)                        # of x; the last block needs none
         position = torch.arange(L, device=x.device)
         old = self.embedding(self.shift(x))
         # Slot i holds y_{i-1}, but the first slot of a block holds x_{i-1}.
         begins_block = (position % b == 0)[:, None]
         new = torch.where(begins_block, old, F.pad(e[:, :-1], (0, 0, 1, 0)))
-        position = position.repeat(2)
-        is_old = torch.arange(2 * L, device=x.device) < L
+        position = torch.cat([position[:n_clean], position])
+        is_old = torch.arange(len(position), device=x.device) < n_clean
         causal = position <= position[:, None]
         mask = attends(position, is_old, position, is_old, b) & causal
-        return self.log_probs(self.run(torch.cat([old, new], dim=1), position, mask, last=L))
+        e = torch.cat([old[:, :n_clean], new], dim=1)
+        return self.log_probs(self.run(e, position, mask, last=L))
 
     def prefill(self, x):
         """log p(x_i | x_<i) (B, L, V), and the cache that `score_continuations` goes on from."""
@@ -301,16 +311,16 @@ class Transformer(nn.Module):
         B, n, G, W, d = e.shape
         w = torch.arange(W, device=e.device)
         causal = w <= w[:, None]
-        own = torch.block_diag(*[causal] * G)                                 # (G W, G W)
+        itself = torch.block_diag(*[causal] * G)                              # (G W, G W)
         before = torch.arange(cache.done, device=e.device) < start[:, None]   # (n, done)
         before = before[:, None].expand(-1, G * W, -1)
-        mask = torch.cat([before, own.expand(n, -1, -1)], dim=-1)             # (n, G W, done + G W)
+        mask = torch.cat([before, itself.expand(n, -1, -1)], dim=-1)          # (n, G W, done + G W)
         mask = mask.repeat(B, 1, 1)[:, None]                                  # of each row
         position = (start[:, None] + w).clamp(max=self.L - 1).repeat(B, G)    # (B n, G W)
         copies = [F.pad(kv.repeat_interleave(n, dim=1), (0, 0, 0, G * W)) for kv in cache.layers]
         e = e.view(B * n, G * W, d)
-        e = self.run(e, position, mask, Cache(copies, cache.done))
-        return self.log_probs(e).view(B, n, G, W, -1)
+        h = self.run(e, position, mask, Cache(copies, cache.done))
+        return self.log_probs(h).view(B, n, G, W, -1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1034,7 +1044,7 @@ def copied(x, text, n=8):
 
 
 def judge_samples(judge, x, train_text):
-    """What is said of texts x (B, L): entropies, how much is copied, NLL under the judge, if any."""
+    """What is said of texts x (B, L): entropies, what is copied, NLL under the judge, if any."""
     marks = {"entropy": entropy(x), "bigram_entropy": entropy(x, 2),
              "distinct_2": distinct(x, 2), "copied": copied(x, train_text)}
     if judge:

@@ -26,7 +26,8 @@ import dlm  # before torch, for the setting that torch must find when it starts
 import torch
 from dlm import UserError
 from train_teacher import (consecutive, load, load_corpus, mark_stories, option, parse,
-                           pick_device, replace_file, run_script, same_vocabulary, versions, write_json)
+                           pick_device, replace_file, run_script, same_vocabulary, versions,
+                           write_json)
 
 SHIPPED = Path(__file__).parent / "assets" / "dlm-docs-whole.pt"  # to see something at once
 OWN_PACE = ("ancestral", "spread")  # orders that decide how many tokens a step reveals

@@ -90,7 +90,7 @@ PEOPLE = {"Mia": ("she", "her"), "Eve": ("she", "her"), "Zoe": ("she", "her"),
           "Leo": ("he", "him"), "Tom": ("he", "him"), "Sam": ("he", "him")}
 COLOURS = ("red", "blue", "green", "black", "white")
 THINGS = ("cups", "hats", "pens", "books", "balls", "kites")
-NUMBERS = [str(n) for n in range(2, 19)]
+NUMBERS = [str(n) for n in range(2, 19)]    # m and n are 2 to 9, and m up to 18 where n are taken
 FORMS = (
     "{A} had {m} {colour} {thing}. {B} gave {her} {n} more. Now {she} has {sum} {colour} {thing}.",
     "{A} had {m} {colour} {thing}. {B} took {n} from {her}. Now {she} has {rest} {colour} {thing}.",
@@ -99,7 +99,10 @@ FORMS = (
 
 
 def words_of(A, B, m, n, colour, thing):
-    """All that a form wants, from what its author is free to choose."""
+    """All words of a form, from those that its author is free to choose.
+
+    she, her: A's pronouns, also where A is a man. sum, rest: what must follow.
+    """
     she, her = PEOPLE[A]
     return {"A": A, "B": B, "m": m, "n": n, "colour": colour, "thing": thing,
             "she": she, "her": her, "sum": m + n, "rest": m - n}
@@ -112,14 +115,18 @@ def stories(number=8000):
     for form in chance.choices(FORMS, k=number):
         A, B = chance.sample(sorted(PEOPLE), 2)
         m, n = chance.choices(range(2, 10), k=2)
-        m += n if "{rest}" in form else 0
+        m += n if "{rest}" in form else 0                    # so that two or more are left
         words = words_of(A, B, m, n, chance.choice(COLOURS), chance.choice(THINGS))
         told.append(form.format(**words) + "\n")
     return list(dict.fromkeys(told))         # each once: held-out stories were not trained on
 
 
 def faults(story):
-    """Which words of a story are wrong, by their names in FORMS: a set, empty if none is."""
+    """Which words of a story are wrong, by their names in FORMS: a set, empty if none is.
+
+    {"form"} if it has none of the forms. Words that nobody knows, or a second person who is the
+    first, are told alone, for then nothing can be computed.
+    """
     known = {"A": PEOPLE, "B": PEOPLE, "m": NUMBERS, "n": NUMBERS,
              "colour": COLOURS, "thing": THINGS}
     for form in FORMS:
@@ -127,7 +134,7 @@ def faults(story):
         said = re.fullmatch(re.sub(r"{\w+}", r"(\\w+)", form.replace(".", r"\.")), story)
         if said:
             pairs = [*zip(fields, said.groups())]
-            chosen = {name: word for name, word in reversed(pairs) if name in known}
+            chosen = {name: word for name, word in reversed(pairs) if name in known}  # first ones
             strange = {name for name, word in chosen.items() if word not in known[name]}
             if strange or chosen["A"] == chosen["B"]:
                 return strange or {"B"}
@@ -138,7 +145,11 @@ def faults(story):
 
 
 def mark_stories(texts, train_text):
-    """What can be said of the stories that stand whole in texts: a dict of numbers."""
+    """What can be said of the stories that stand whole in texts: a dict of numbers.
+
+    A text is a window, which cuts the first and the last line. So a story without its end does not
+    count.
+    """
     told = [line for text in texts for line in text.split("\n")[1:-1]]
     n = max(1, len(told))
     right = sum(not faults(line) for line in told) / n

@@ -46,11 +46,6 @@ def number(key):
     return lambda run: (run[key], 0)
 
 
-def gap_on(states):
-    """KL from the AR teacher on the states it visits (0), or on random masks (1)."""
-    return lambda run: (run["gap"][states], 0)
-
-
 def chosen(runs, **want):
     """The runs, or rows, that were made so."""
     return [r for r in runs if all(r.get(k) == v for k, v in want.items())]
@@ -116,7 +111,10 @@ def main_job(kept):
         name = r["what"]
         if "order" in r:
             method = name.split(",")[0]
-            name = f"**{method}**, {r['steps']} step{'s' * (r['steps'] > 1)} a block"
+            how = f"threshold {r['threshold']}, from the left"
+            if "steps" in r:
+                how = f"{r['steps']} step{'s' * (r['steps'] > 1)} a block"
+            name = f"**{method}**, {how}"
         written = "calls" in r
         calls = f"{r['calls']:.0f}" if written else ""
         seconds = [f"{r[key][1]:.3f}" if written else "" for key in ("seconds_1", "seconds_32")]

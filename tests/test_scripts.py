@@ -325,7 +325,7 @@ def test_seed_decides_the_weights(world, call):
     "--method tcs --divergence tvd", "--states teacher --target grad",
     "--target exact --fraction 0.5 --texts 99", "--target grad+topk --divergence mse",
     "--method opdlm", "--method opdlm --states whole --block 16 --order confidence",
-    "--method opdlm --block 0 --first 2", "--states whole --target topk --divergence tvd",
+    "--method opdlm --block 0 --steps 2", "--states whole --target topk --divergence tvd",
     "--block 5", "--block 16", "--block 0 --student random", f"--block 0 --student {MDLM}",
     f"--student {TCS}/checkpoint.pt", f"--teacher {AR}/checkpoint.pt",
     "--student runs/thin-mdlm"])
@@ -356,7 +356,7 @@ def test_sdtt_goes_round_by_round(call, monkeypatch, argv):
     for N, student in ((2, TCS), (1, "few-2steps")):
         m = metrics(f"few-{N}steps")
         o = m["options"]
-        assert (o["first"], o["last"], o["student"]) == (2 * N, N, student)
+        assert (o["steps"], o["fewest"], o["student"]) == (2 * N, N, student)
         assert torch.tensor([line[3] for line in m["history"]]).isfinite().all()
     before = files("few-2steps"), files("few-1steps")
     assert call("distill", argv)[0] == 0
@@ -395,9 +395,9 @@ def test_sdtt_goes_on_where_it_was_interrupted(call, monkeypatch):
 
 @pytest.mark.parametrize("argv, named", [
     ("--student ar", "--student"), (f"--student {AR}", "--student"),
-    ("--student runs/other", "--student"), (f"--student {TCS} --last 4", "--first"),
-    (f"--student {TCS} --first 2 --last 2", "--first"),
-    (f"--student {TCS} --k 8", "--first"), (f"--student {TCS} --k 1", "--k"),
+    ("--student runs/other", "--student"), (f"--student {TCS} --fewest 4", "--steps"),
+    (f"--student {TCS} --steps 2 --fewest 2", "--steps"),
+    (f"--student {TCS} --k 8", "--steps"), (f"--student {TCS} --k 1", "--k"),
     (f"--target onehot --student {TCS}", "--target"),
     (f"--student {TCS} --states data", "--states"),
     (f"--student {TCS} --states teacher", "--states"),
@@ -410,8 +410,17 @@ def test_sdtt_refuses(refused, argv, named):
 def test_sdtt_says_what_it_does_with_other_numbers(call, monkeypatch):
     """Three steps are no multiple of two: it begins with two."""
     no_pictures(monkeypatch)
-    out = call("distill", f"{SDTT} --student {TCS} --first 3 --updates 1 --out few")[1]
-    assert "2 steps a block become 1" in out and metrics("few-1steps")["options"]["first"] == 2
+    out = call("distill", f"{SDTT} --student {TCS} --steps 3 --updates 1 --out few")[1]
+    assert "2 steps a block become 1" in out and metrics("few-1steps")["options"]["steps"] == 2
+
+
+@pytest.mark.parametrize("argv, named", [
+    ("--fewest 4", "--steps"), ("--k 8", "--steps"), ("--steps 1", "--steps"),
+    ("--divergence reverse", "--divergence")])
+def test_all_methods_refuse_before_a_teacher_is_trained(refused, argv, named):
+    message = refused("distill", f"--data other.txt --tokenizer char {argv}")
+    assert message.startswith(f"error: {named} ")
+    assert not Path("runs/ar-other-char-s0").exists()
 
 
 def test_all_methods_in_one_command(call, home):
@@ -419,16 +428,17 @@ def test_all_methods_in_one_command(call, home):
     base = "runs/all-tiny-char-b4-s0"
     code, out, err = call("distill", argv)
     assert (code, err) == (0, "") and "of them all" in out
-    for part, *expected in (("tcs", 8, 0.02, "ar"), ("opdlm", 3, 0.006, "ar"),
-                            ("sdtt-2steps", 2, 0.01, f"{base}-tcs")):
+    for part, *expected in (("tcs", 8, 0.002, "ar"), ("opdlm", 3, 0.002, "ar"),
+                            ("sdtt-2steps", 2, 0.002, f"{base}-tcs")):
         o = metrics(f"{base}-{part}")["options"]
         assert [o["updates"], o["lr"], o["student"]] == expected
     table = nll_of_rows(base)
     assert list(table) == ["held-out text", "AR teacher",
-                           *(f"{who}, {N} steps, spread" for who in ("TCS", "SDTT", "OPDLM")
-                             for N in (1, 2, 4))]
+                           *(f"{who}, {way}" for who in ("TCS", "SDTT", "OPDLM")
+                             for way in sample.ways_to_write(4, "spread"))]
+    assert "TCS, order spread steps 2" in table and "OPDLM, order left threshold 0.99" in table
     own = nll_of_rows(f"{base}-sdtt-2steps")
-    assert table["SDTT, 2 steps, spread"] == own["student, 2 steps, spread"]
+    assert table["SDTT, order spread steps 2"] == own["student, order spread steps 2"]
 
     before = files(home)
     code, out, _ = call("distill", argv)
