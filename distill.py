@@ -50,8 +50,8 @@ class Options(train_teacher.RunOptions):
                          "with .4, .08 and .15 of --updates and a quarter of --texts",
                          ("all", *METHODS))
     states: str = option("", "data: masked text; teacher: masked texts by the teacher; "
-                         "rollout: the student's own blocks; whole: its texts; empty: the method's",
-                         ("", "data", "teacher", "rollout", "whole"))
+                         "rollout: the student's own blocks; empty: the method's",
+                         ("", "data", "teacher", "rollout"))
     target: str = option("", "onehot: the text; prefix: p_T(x_i|x_<i); the others are "
                          "estimators of TCS; empty: the method's",
                          ("", "onehot", "prefix", *dlm.ESTIMATORS))
@@ -92,8 +92,7 @@ class State:
 def halves(o, teacher, earlier_self, kept):
     """The two halves of every method: {name: states(student, x, rows)} and {name: target(state)}.
 
-    kept: the concrete scores of all texts by row, where they were asked before training. On a
-    rollout, which is always new, they are asked anew.
+    kept: the concrete scores of all texts by row, which were asked before training.
     """
     b, V = earlier_self.b, teacher.V
 
@@ -110,10 +109,6 @@ def halves(o, teacher, earlier_self, kept):
         y, z = dlm.rollout(student, x, o.steps, o.order)
         return State(x, y, z)
 
-    def whole(student, x, rows):
-        y, z = dlm.rollout(student, x, o.steps, o.order, whole=True)
-        return State(y, y, z)
-
     # Targets: what it aims at, (B, L, V).
     def onehot(s):
         return dlm.one_hot(s.y, V)
@@ -122,14 +117,13 @@ def halves(o, teacher, earlier_self, kept):
         return dlm.prefix(teacher, s.x, s.y, b)
 
     def score(s):
-        if s.rows is None:
-            return dlm.dense(*dlm.tcs(teacher, s.y, b, o.target, o.candidates), V)
         return dlm.dense(*(a[s.rows] for a in kept), V)
 
     def later(s):
         return dlm.sdtt(earlier_self, s.x, s.z, s.t, 1 / o.steps, o.k)
 
-    states = {"data": data, "teacher": data, "sampled": sampled, "rollout": rollout, "whole": whole}
+    # `teacher` is `data`, but that `texts_for` lets the teacher write the texts.
+    states = {"data": data, "teacher": data, "sampled": sampled, "rollout": rollout}
     targets = {"onehot": onehot, "prefix": prefix, "later": later}
     return states, {**targets, **dict.fromkeys(dlm.ESTIMATORS, score)}
 
@@ -142,11 +136,10 @@ def choose_method(o):
     if o.divergence == "reverse" and o.target not in ("prefix", "later"):
         raise UserError("--divergence reverse: infinite where the target is one-hot; "
                         "use forward, tvd or mse")
-    goes_with = {"sampled": ("later",), "rollout": ("prefix",),
-                 "whole": ("prefix", *dlm.ESTIMATORS)}
+    goes_with = {"sampled": ("later",), "rollout": ("prefix",)}
     if o.target not in goes_with.get(o.states, ("onehot", "prefix", *dlm.ESTIMATORS)):
         raise UserError(f"--states {o.states} --target {o.target}: do not go together; rollout "
-                        "wants prefix, whole prefix or a TCS target; sdtt needs neither option")
+                        "wants prefix; sdtt needs neither option")
     return o
 
 

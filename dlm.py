@@ -598,13 +598,11 @@ class BlocksAtOnce:
 
 
 @torch.no_grad()
-def rollout(model, x, steps=0, order="spread", whole=False):
+def rollout(model, x, steps=0, order="spread"):
     """States of OPDLM: what the model itself writes, and a state from the way there. -> y, z (B, L)
 
-    y is written by `sample`: each block behind x's own earlier blocks, all blocks at once; or, if
-    `whole`, all of the text but a prompt from x, 0 to L-1 tokens long. z is y with some tokens
-    still hidden: in each block the state in which a random one of its steps began. The loss and
-    `prefix` then take the text that y was written behind: x, or y itself if `whole`.
+    y is written by `sample`: each block behind x's own earlier blocks, all blocks at once. z is y
+    with some tokens still hidden: in each block the state in which a random one of its steps began.
     """
     B, L = x.shape
     b = model.b
@@ -614,24 +612,15 @@ def rollout(model, x, steps=0, order="spread", whole=False):
     if L % b:
         raise UserError(f"--block {b}: does not divide the context of {L}, as rollouts need")
     n_blocks = L // b
-    N = steps or b
+    N = min(steps or b, b)
     training = model.training
     model.eval()
-    if whole:
-        prompt = (stratified(B, 1, x.device) * L).long()
-        begin = torch.where(torch.arange(L, device=x.device) < prompt, x, model.V)
-        states = torch.stack(list(sample(model, begin, steps, order)))  # (1 + n_blocks N, B, L)
-        first_state = N * torch.arange(n_blocks, device=x.device)   # each block adds N states
-    else:
-        begin = x.new_full((B * n_blocks, b), model.V)
-        states = list(sample(BlocksAtOnce(model, x), begin, steps, order))
-        states = torch.stack(states).view(N + 1, B, L)
-        first_state = 0
+    hidden = x.new_full((B * n_blocks, b), model.V)
+    states = torch.stack(list(sample(BlocksAtOnce(model, x), hidden, N, order)))
+    states = states.view(N + 1, B, L)
     model.train(training)
-    # A block takes as many steps as tokens are hidden in it, and at most N.
-    n_states = (states[0] == model.V).view(B, n_blocks, b).sum(-1).clamp(max=N)
-    step = (stratified(B, n_blocks, x.device) * n_states).long().clamp(max=N - 1)
-    chosen = (first_state + step).repeat_interleave(b, dim=1)                 # (B, L)
+    step = (stratified(B, n_blocks, x.device) * N).long().clamp(max=N - 1)
+    chosen = step.repeat_interleave(b, dim=1)                                 # (B, L)
     return states[-1], states.gather(0, chosen[None])[0]
 
 
@@ -713,8 +702,8 @@ def sample(model, z, steps=0, order=None, threshold=0.0, noise=None, **warping):
     confidence, entropy  the surest, by likeliest token or entropy  equally many
     spread               the surest, by entropy                     one of each stretch of `steps`
 
-    With a threshold, `steps` do not count: a step reveals the first in order (`left` unless told)
-    and all that are at least so sure. Given tokens never change; those right of a block are seen
+    With a threshold, `steps` do not count: a step reveals all tokens that are at least so sure,
+    and of the others the first in order (`left` unless told), so never two in doubt. Given tokens never change; those right of a block are seen
     only if b = L. An AR model has blocks of one token, so this is ordinary generation. Beyond the
     context the text goes on in windows that see the last half context. noise (B, T, 2): uniforms,
     so that a row can be had again.
@@ -791,7 +780,8 @@ class Schedule:
         sure = sure.masked_scatter(may_come, sureness(logp, self.order))      # (B, n)
         score = self.score(sure)                             # the highest comes first
         if self.threshold:
-            return first(score, may_come, 1) | (may_come & (sure >= self.threshold))
+            certain = may_come & (sure >= self.threshold)
+            return certain | first(score, may_come & ~certain, 1)
         if self.order == "spread":
             return first_of_each(score, may_come, self.stretch)
         total = self.hidden_at_first.sum(1, keepdim=True)

@@ -324,8 +324,8 @@ def test_seed_decides_the_weights(world, call):
     "--method plain", "--method sequence", "--method prefix --divergence reverse",
     "--method tcs --divergence tvd", "--states teacher --target grad",
     "--target exact --fraction 0.5 --texts 99", "--target grad+topk --divergence mse",
-    "--method opdlm", "--method opdlm --states whole --block 16 --order confidence",
-    "--method opdlm --block 0 --steps 2", "--states whole --target topk --divergence tvd",
+    "--method opdlm", "--method opdlm --block 16 --order confidence",
+    "--method opdlm --block 0 --steps 2", "--states rollout --target prefix --divergence tvd",
     "--block 5", "--block 16", "--block 0 --student random", f"--block 0 --student {MDLM}",
     f"--student {TCS}/checkpoint.pt", f"--teacher {AR}/checkpoint.pt",
     "--student runs/thin-mdlm"])
@@ -401,8 +401,7 @@ def test_sdtt_goes_on_where_it_was_interrupted(call, monkeypatch):
     (f"--target onehot --student {TCS}", "--target"),
     (f"--student {TCS} --states data", "--states"),
     (f"--student {TCS} --states teacher", "--states"),
-    (f"--student {TCS} --states rollout", "--states"),
-    (f"--student {TCS} --states whole", "--states")])
+    (f"--student {TCS} --states rollout", "--states")])
 def test_sdtt_refuses(refused, argv, named):
     assert refused("distill", f"{SDTT} {argv}").startswith(f"error: {named} ")
 
@@ -875,10 +874,9 @@ def test_ctrl_c_while_distilling(world, call, monkeypatch):
     assert same(end("stopped"), end(world / TCS))
 
 
-@pytest.mark.parametrize("states", ["rollout", "whole"])
-def test_opdlm_goes_on_where_it_was_interrupted(call, monkeypatch, states):
+def test_opdlm_goes_on_where_it_was_interrupted(call, monkeypatch):
     no_pictures(monkeypatch)
-    argv = f"{OPDLM} --states {states} --updates 10 --out"
+    argv = f"{OPDLM} --updates 10 --out"
     assert call("distill", f"{argv} whole")[0] == 0
     interrupt_at(monkeypatch, 2, 7)
     assert call("distill", f"{argv} stopped")[0] == 130
@@ -971,8 +969,7 @@ def test_a_resumed_trainer_lies_where_its_model_does(home):
 
 # --- the student's own states ---------------------------------------------------------------------
 
-@pytest.mark.parametrize("states", ["rollout", "whole"])
-def test_opdlm_aims_at_what_the_teacher_says_of_the_rollout(call, monkeypatch, states):
+def test_opdlm_aims_at_what_the_teacher_says_of_the_rollout(call, monkeypatch):
     """Not of the text it was written behind: x and y must reach the target as the rollout gave
     them."""
     no_pictures(monkeypatch)
@@ -992,11 +989,11 @@ def test_opdlm_aims_at_what_the_teacher_says_of_the_rollout(call, monkeypatch, s
 
     monkeypatch.setattr(dlm, "rollout", watched_rollout)
     monkeypatch.setattr(dlm, "prefix", watched_prefix)
-    assert call("distill", f"{OPDLM} --states {states} --updates 3 --out run")[0] == 0
+    assert call("distill", f"{OPDLM} --updates 3 --out run")[0] == 0
     assert len(wrote) >= 4 and len(aimed) >= 4
     for (behind, y), (x, of) in list(zip(wrote, aimed))[:4]:
-        assert not torch.equal(behind, y) and torch.equal(of, y)
-        assert torch.equal(x, y if states == "whole" else behind)
+        assert not torch.equal(behind, y)
+        assert torch.equal(of, y) and torch.equal(x, behind)
 
 
 def test_rollouts_that_lose_their_entropy_are_reported(call, monkeypatch):
@@ -1054,7 +1051,7 @@ def test_student_tokens_are_counted(call, monkeypatch):
     """Slots of the student's network in 3 updates of 8 texts of 16 tokens.
 
     plain has 16 noisy and 12 clean ones. Rollouts have 4 calls more of the noisy ones, and the
-    first of the clean ones too. Rollouts of whole texts have as many as generation needs.
+    first of the clean ones too.
     """
     no_pictures(monkeypatch)
 
@@ -1065,7 +1062,6 @@ def test_student_tokens_are_counted(call, monkeypatch):
 
     assert slots_of_a_text("--method plain") == 28
     assert slots_of_a_text("--method opdlm") == 28 + 4 * 16 + 12
-    assert 28 < slots_of_a_text("--method opdlm --states whole") < 28 + 4 * 16 + 12
 
 
 # --- a full disk ----------------------------------------------------------------------------------
@@ -1132,7 +1128,7 @@ WRONG_IN_TRAINING = [
     "--out " + "x" * 300]
 WRONG_IN_DISTILLING = [
     "--method tsc", "--states texts", "--states teacher --method all",
-    "--states rollout --method tcs", "--states whole --target onehot", "--target top",
+    "--states rollout --method tcs", "--states whole", "--target top",
     "--target onehot --method all", "--target onehot --states rollout",
     "--target topk --method opdlm", "--target exact --states rollout", "--divergence kl",
     "--divergence reverse", "--block 17", "--block 1", "--block -4", "--block 5 --method opdlm",
