@@ -38,7 +38,7 @@ METHODS = {  # name: states, target
 }
 RATE = 0.002          # of students that know something: a higher one makes them forget it
 RATE_AT_RANDOM = 0.02
-SHARES = {"tcs": 0.4, "sdtt": 0.08, "opdlm": 0.15}   # of --updates, with --method all
+SHARES = {"tcs": 0.2, "sdtt": 0.08, "opdlm": 0.15}   # of --updates, with --method all
 JUDGED = 256        # texts a row of the table; their NLL has a sampling error of .02 nats per token
 FLOOR = 0.9         # of held-out text's entropy: what a student writes should not fall below it
 COLLAPSED = 20      # nats, added to the validation of a student below that floor
@@ -47,7 +47,7 @@ COLLAPSED = 20      # nats, added to the validation of a student below that floo
 @dataclass
 class Options(train_teacher.RunOptions):
     method: str = option("all", "states and target; all: tcs, sdtt from its student, and opdlm, "
-                         "with .4, .08 and .15 of --updates and a quarter of --texts",
+                         "with .2, .08 and .15 of --updates and half of --texts",
                          ("all", *METHODS))
     states: str = option("", "data: masked text; teacher: masked texts by the teacher; "
                          "rollout: the student's own blocks; empty: the method's",
@@ -408,7 +408,7 @@ def main_job(o):
     if L % (o.block or L):
         raise UserError(f"--block {o.block}: does not divide the context of {L}, as opdlm needs")
     folder = o.out or "runs/" + train_teacher.run_name(o, "all", f"-b{o.block}")
-    parts = {method: dataclasses.replace(o, method=method, texts=max(16, o.texts // 4),
+    parts = {method: dataclasses.replace(o, method=method, texts=max(16, o.texts // 2),
                                          updates=max(1, round(o.updates * share)))
              for method, share in SHARES.items()}
     tcs = finish(parts["tcs"], f"{folder}-tcs")

@@ -694,7 +694,8 @@ def sample(model, z, steps=0, order=None, threshold=0.0, noise=None, **warping):
     """Fills the hidden tokens of z (B, T) block by block, and yields the state after each step.
 
     A step reveals some tokens of a block, all drawn in parallel from their own marginals, as `warp`
-    makes them. A block takes `steps` steps; 0 means one token a step.
+    makes them. A block takes `steps` steps; 0 means one token a step. Unless an `order` is given,
+    single tokens come from the left, as the AR model would have them, and several by `spread`.
 
     order                who comes first                            how many a step
     ancestral            random ones                                each at its own random moment
@@ -703,12 +704,12 @@ def sample(model, z, steps=0, order=None, threshold=0.0, noise=None, **warping):
     spread               the surest, by entropy                     one of each stretch of `steps`
 
     With a threshold, `steps` do not count: a step reveals all tokens that are at least so sure,
-    and of the others the first in order (`left` unless told), so never two in doubt. Given tokens never change; those right of a block are seen
+    and of the others the first in order, so never two in doubt. Given tokens never change; those right of a block are seen
     only if b = L. An AR model has blocks of one token, so this is ordinary generation. Beyond the
     context the text goes on in windows that see the last half context. noise (B, T, 2): uniforms,
     so that a row can be had again.
     """
-    order = order or ("left" if threshold else "spread")
+    order = order or ("left" if threshold or not steps else "spread")
     if order not in ORDERS:
         raise UserError(f"--order {order}: unknown; use {', '.join(ORDERS)}")
     L, b = model.L, model.b

@@ -52,7 +52,7 @@ class Options:
     number: int = option(4, "texts", at_least=1)
     steps: int = option(0, "steps a block; 0: one a token", at_least=0)
     order: str = option("", "first come random tokens, the surest, or the surest of each stretch; "
-                            "empty: the model's, else spread (threshold: left)", ("", *dlm.ORDERS))
+                            "empty: left, or with --steps what the model learned", ("", *dlm.ORDERS))
     threshold: float = option(0.0, "a step reveals all at least so sure", at_least=0, at_most=1)
     temperature: float = option(1.0, "below 1 sharper, 0 the likeliest", at_least=0)
     top_k: int = option(0, "draw from the K likeliest tokens; 0: from all", at_least=0)
@@ -334,7 +334,8 @@ def main(argv):
     runs = Path("runs").glob("*/checkpoint.pt")
     path = Path(o.checkpoint or max(runs, key=os.path.getmtime, default=SHIPPED))
     model, tokenizer, ckpt = load(path, "--checkpoint", o.device)
-    o.order = o.order or ("left" if o.threshold else ckpt["options"].get("order", ""))
+    if o.steps and not o.threshold:
+        o.order = o.order or ckpt["options"].get("order", "")
     if o.correct:
         return show_corrections(o, model, tokenizer)
     z = read_prompt(o, model, tokenizer).to(o.device)

@@ -144,27 +144,6 @@ def orders(few):
     return markdown(head, rows)
 
 
-def equal_quality(kept):
-    """Sums: what texts cost an AR model with its cache, and a student in blocks of 8."""
-    rows = {}
-    for r in kept["rows"]:
-        same = {key: r.get(key) for key in ("length", "who", "order", "threshold")}
-        alike = chosen(kept["rows"], **same)
-        who = r["who"]
-        if "threshold" in r:
-            who += f", `{r['order']}`, threshold {r['threshold']:g}"
-        nll, error = mean_of(alike, judged)
-        calls = mean_of(alike, number("calls"))[0]
-        entropy = mean_of(alike, number("entropy"))[0]
-        seconds = [""] * 2
-        if "seconds_1" in alike[0]:
-            seconds = [f"{alike[0]['seconds_1'][0]:.3f}", f"{alike[0]['seconds_32'][0]:.2f}"]
-        rows[r["length"], who] = [str(r["length"]), f"{who} [{len(alike)}]", f"{calls:.0f}",
-                                  f"{nll:.3f} ± {error:.3f}", f"{entropy:.3f}", *seconds]
-    head = ["letters", "[seeds]", "calls", "judge NLL", "entropy", "seconds: one text", "32 texts"]
-    return markdown(head, rows.values())
-
-
 # --------------------------------------------------------------------------------------------------
 # TCS
 
@@ -406,87 +385,13 @@ def threshold_table(kept):
 
 
 # --------------------------------------------------------------------------------------------------
-# The three methods, each beside its controls at equal updates
-
-def beside(question, measure, *writers):
-    """A row: the method, then its controls. writers: (name, runs)."""
-    cells = [f"{name} {stated(runs, measure, 3 if measure is bound else 2)} [{len(runs)}]"
-             for name, runs in writers]
-    return [question, cells[0], "; ".join(cells[1:])]
-
-
-def found_with_denoiser(few, sdtt):
-    """Orders, and SDTT, on the denoiser of the whole context."""
-    def teacher(order, steps):
-        return chosen(few, who="denoiser", order=order, steps=steps)
-
-    def students(order, steps):
-        return chosen(sdtt, order=order, steps=steps, **TVD)
-
-    yield beside("order; `plain`, one block of 64", judged,
-                 ("`spread`, 8 calls", teacher("spread", 8)),
-                 ("ancestral, 64 steps, 41 calls", teacher("ancestral", 64)))
-    yield beside("64 steps made 8, ancestral", judged, ("`sdtt`", students("ancestral", 8)),
-                 ("its teacher in 8", teacher("ancestral", 8)))
-    yield beside("64 steps made 4, `spread`", judged, ("`sdtt`", students("spread", 4)),
-                 ("its teacher in 4", teacher("spread", 4)))
-
-
-def found_with_tcs(runs):
-    free = chosen(runs, states="teacher")
-    data = chosen(runs, states="data")
-    yield beside("no text but the teacher's: bound", bound,
-                 ("`tcs --states teacher`", chosen(free, target="topk")),
-                 ("`sequence`", chosen(free, target="onehot")),
-                 ("`plain` on 40% of the text", chosen(data, fraction=0.4, target="onehot")))
-    yield beside("all the text: bound", bound,
-                 ("`tcs`", chosen(data, fraction=1, target="topk")),
-                 ("`plain`", chosen(data, fraction=1, target="onehot")))
-
-
-def found_with_students(kept):
-    """What each method keeps of its AR teacher, and what it adds."""
-    ways = {"docs": [("judge NLL", ONE), ("judge NLL", TWO)],
-            "stories": [("right", SURE), ("right", TWO)]}
-    number = {ONE: "one token a step", SURE: "one token a step, surest first",
-              TWO: "two tokens a step"}
-    for data, questions in ways.items():
-        for what, way in questions:
-            cells = [f"`{name}` {said(data, students(kept, data, name), written(way))}"
-                     for name in ("opdlm", "tcs", "prefix", "plain")]
-            yield [f"`{data}`, {number[way]}: {what}", "; ".join(cells[:2]), "; ".join(cells[2:])]
-
-
-def found():
-    """The table of results."""
-    by_denoiser = found_with_denoiser(read("few-steps")["rows"], read("sdtt")["rows"])
-    orders_row, *sdtt_rows = by_denoiser
-    tcs_rows = found_with_tcs(chosen(read("tcs"), group="share"))
-    rows = [orders_row, *tcs_rows, *sdtt_rows, *found_with_students(read("students"))]
-    return markdown(["", "method [seeds]", "controls"], rows)
-
-
-def results():
-    """The three methods beside their controls."""
-    fig, axes = plt.subplots(1, 3, figsize=(13, 3.8))
-    bound_against_share(axes[0], read("tcs"))
-    quality_against_steps(axes[1], read("few-steps"), read("sdtt"))
-    by_updates(axes[2], read("students"), "stories", TWO, "stories, two tokens a step")
-    axes[2].legend(fontsize=7)
-    fig.tight_layout()
-    return fig
-
-
-# --------------------------------------------------------------------------------------------------
 # The command
 
-PICTURES = {"results": results}
+PICTURES = {"students": lambda: student_curves(read("students"))}
 TABLES = {"main-job": lambda: main_job(read("main-job")),
-          "results": found,
           "slots": lambda: slot_table(read("students")),
           "students": lambda: student_table(read("students")),
-          "thresholds": lambda: threshold_table(read("students")),
-          "equal-quality": lambda: equal_quality(read("equal-quality"))}
+          "thresholds": lambda: threshold_table(read("students"))}
 
 
 def with_tables(text):

@@ -550,6 +550,19 @@ def law_of_order(model, order, N=0, threshold=0.0):
     return torch.tensor([law[tuple(text)] for text in TEXTS.tolist()])
 
 
+def test_single_tokens_come_from_the_left_and_several_spread():
+    model = random_model(4)
+    noise = torch.rand(50, L, 2, dtype=torch.float64)
+
+    def written(**way):
+        return dlm.generate(model, 50, noise=noise, **way)
+
+    assert torch.equal(written(), written(order="left"))
+    assert torch.equal(written(threshold=0.5, steps=2), written(threshold=0.5, order="left"))
+    assert torch.equal(written(steps=2), written(steps=2, order="spread"))
+    assert not torch.equal(written(), written(order="spread"))
+
+
 @both_models
 @pytest.mark.parametrize("order", dlm.ORDERS[1:])
 def test_every_order_follows_its_law(make, order, only_true_ties):

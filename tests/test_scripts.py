@@ -427,7 +427,7 @@ def test_all_methods_in_one_command(call, home):
     base = "runs/all-tiny-char-b4-s0"
     code, out, err = call("distill", argv)
     assert (code, err) == (0, "") and "of them all" in out
-    for part, *expected in (("tcs", 8, 0.002, "ar"), ("opdlm", 3, 0.002, "ar"),
+    for part, *expected in (("tcs", 4, 0.002, "ar"), ("opdlm", 3, 0.002, "ar"),
                             ("sdtt-2steps", 2, 0.002, f"{base}-tcs")):
         o = metrics(f"{base}-{part}")["options"]
         assert [o["updates"], o["lr"], o["student"]] == expected
@@ -1019,10 +1019,11 @@ def test_the_order_a_student_was_trained_for_is_the_one_it_writes_in(call, monke
         return run(model, z, steps, order, *more, **warping)
 
     monkeypatch.setattr(dlm, "sample", watched)
-    for argv, order in [("--checkpoint run", "confidence"),
+    for argv, order in [("--checkpoint run --steps 2", "confidence"),
                         ("--checkpoint run --order random", "random"),
-                        ("--checkpoint run --threshold 0.5", "left"),
-                        (f"--checkpoint {TCS}", "spread")]:
+                        ("--checkpoint run --threshold 0.5 --steps 2", ""),       # from the left
+                        ("--checkpoint run", ""),
+                        (f"--checkpoint {TCS} --steps 1", "spread")]:
         assert call("sample", argv)[0] == 0 and asked.pop() == order
 
 
