@@ -231,7 +231,7 @@ def plot_quality(rows):
             how = "threshold" if "threshold" in r else r["order"]
             name = r["what"].split(",")[0] + ", " + how
             lines.setdefault(name, []).append((r["calls"], r[key]))
-        for (name, points), marker in zip(lines.items(), "os^vD<"):
+        for (name, points), marker in zip(lines.items(), "os^vD<>ph*"):
             ax.plot(*zip(*points), "k-" + marker, markerfacecolor="none", label=name)
         ax.set(xlabel="network calls for a text", ylabel=label)
     axes[1].legend(fontsize=6)
@@ -314,15 +314,19 @@ def run(o, ckpt=None):
     report(o, folder, trainer, teacher, judge, corpus, more)
 
 
+def let_write(name, model, teacher, judge, corpus, order, most):
+    """The rows of a table: held-out text, the AR teacher, and a model by steps and thresholds."""
+    ways = sample.ways_to_write(model.b, order, most=most)
+    entrants = [("AR teacher", teacher, {})]
+    entrants += [(f"{name}, {way_name}", model, way) for way_name, way in ways.items()]
+    return sample.compare(entrants, judge, corpus, JUDGED if judge else 4 * JUDGED)
+
+
 def report(o, folder, trainer, teacher, judge, corpus, more):
     """The table, the figure, samples, and what train_teacher.py reports of any model."""
     model = trainer.averaged()
     most = min(model.b, o.steps or model.b)
-    texts = JUDGED if judge else 4 * JUDGED
-    ways = sample.ways_to_write(model.b, o.order, most=most)
-    entrants = [("AR teacher", teacher, {})]
-    entrants += [(f"student, {name}", model, way) for name, way in ways.items()]
-    rows = sample.compare(entrants, judge, corpus, texts)
+    rows = let_write("student", model, teacher, judge, corpus, o.order, most)
     if model.L % model.b == 0:
         held = train_teacher.consecutive(corpus.parts["test"], model.L, 64)
         held = held.to(model.embedding.weight.device)
@@ -404,32 +408,35 @@ def main_job(o):
         most_steps(o, o.block)
     print("a teacher, a judge, then TCS, SDTT and OPDLM: 4 to 8 minutes on 2 cores with the "
           "defaults", flush=True)
-    L = train_teacher.load(teacher_path(o), "--teacher")[0].L
-    if L % (o.block or L):
-        raise UserError(f"--block {o.block}: does not divide the context of {L}, as opdlm needs")
-    folder = o.out or "runs/" + train_teacher.run_name(o, "all", f"-b{o.block}")
+    folder = Path(o.out or "runs/" + train_teacher.run_name(o, "all", f"-b{o.block}"))
+    start = dataclasses.replace(o, method="opdlm")              # from the teacher's weights
+    device = train_teacher.pick_device(o.device)
+    _, teacher, student, judge, corpus = load_models(start, device, folder, None)
+    b = student.b
+    if teacher.L % b:
+        raise UserError(f"--block {b}: does not divide the context of {teacher.L}, as opdlm needs")
+    untrained = folder / "untrained.json"                       # what training is worth
+    if o.overwrite or not untrained.exists():
+        rows = let_write("untrained", student.eval(), teacher, judge, corpus, o.order, b)
+        train_teacher.write_json(untrained, {"table": rows})
+
     parts = {method: dataclasses.replace(o, method=method, texts=max(16, o.texts // 2),
                                          updates=max(1, round(o.updates * share)))
              for method, share in SHARES.items()}
     tcs = finish(parts["tcs"], f"{folder}-tcs")
     one_round = dataclasses.replace(parts["sdtt"], student=tcs, out=f"{folder}-sdtt",
-                                    fewest=max(o.fewest, most_steps(o, o.block or L) // o.k))
+                                    fewest=max(o.fewest, most_steps(o, b) // o.k))
     *_, sdtt = rounds(one_round).values()
     opdlm = finish(parts["opdlm"], f"{folder}-opdlm")
 
-    table = read_table(tcs)[:2]                                 # held-out text and the AR teacher
+    table = json.loads(untrained.read_text())["table"]
     for name, its_folder in {"TCS": tcs, "SDTT": sdtt, "OPDLM": opdlm}.items():
-        for r in read_table(its_folder):
-            if "order" in r:
-                table.append({**r, "what": r["what"].replace("student", name)})
-    sample.print_rows(table, header=f"blocks of {o.block or 'all'}")
-    train_teacher.save_figure(plot_quality(table), Path(folder, "quality.png"))
-    train_teacher.write_json(Path(folder, "metrics.json"), {"options": vars(o), "table": table})
+        _, _, *rows = json.loads(Path(its_folder, "metrics.json").read_text())["table"]
+        table += [{**r, "what": r["what"].replace("student", name)} for r in rows]
+    sample.print_rows(table, header=f"blocks of {b}")
+    train_teacher.save_figure(plot_quality(table), folder / "quality.png")
+    train_teacher.write_json(folder / "metrics.json", {"options": vars(o), "table": table})
     print(f"{folder}: metrics.json and quality.png of them all")
-
-
-def read_table(folder):
-    return json.loads(Path(folder, "metrics.json").read_text())["table"]
 
 
 def main(argv):

@@ -433,7 +433,7 @@ def test_all_methods_in_one_command(call, home):
         assert [o["updates"], o["lr"], o["student"]] == expected
     table = nll_of_rows(base)
     assert list(table) == ["held-out text", "AR teacher",
-                           *(f"{who}, {way}" for who in ("TCS", "SDTT", "OPDLM")
+                           *(f"{who}, {way}" for who in ("untrained", "TCS", "SDTT", "OPDLM")
                              for way in sample.ways_to_write(4, "spread"))]
     assert "TCS, order spread steps 2" in table and "OPDLM, order left threshold 0.99" in table
     own = nll_of_rows(f"{base}-sdtt-2steps")
