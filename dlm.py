@@ -703,8 +703,8 @@ def sample(model, z, steps=0, order=None, threshold=0.0, noise=None, **warping):
     confidence, entropy  the surest, by likeliest token or entropy  equally many
     spread               the surest, by entropy                     one of each stretch of `steps`
 
-    With a threshold, `steps` do not count: a step reveals all tokens that are at least so sure,
-    and of the others the first in order, so never two in doubt. Given tokens never change; those right of a block are seen
+    With a threshold, `steps` do not count: a step reveals the first in order and all that are at
+    least so sure. Given tokens never change; those right of a block are seen
     only if b = L. An AR model has blocks of one token, so this is ordinary generation. Beyond the
     context the text goes on in windows that see the last half context. noise (B, T, 2): uniforms,
     so that a row can be had again.
@@ -781,8 +781,7 @@ class Schedule:
         sure = sure.masked_scatter(may_come, sureness(logp, self.order))      # (B, n)
         score = self.score(sure)                             # the highest comes first
         if self.threshold:
-            certain = may_come & (sure >= self.threshold)
-            return certain | first(score, may_come & ~certain, 1)
+            return first(score, may_come, 1) | (may_come & (sure >= self.threshold))
         if self.order == "spread":
             return first_of_each(score, may_come, self.stretch)
         total = self.hidden_at_first.sum(1, keepdim=True)

@@ -485,9 +485,8 @@ def choices(p, z, free, step, order, N, threshold):
     in_order = hidden if order == "left" else sorted(hidden, key=sure.get, reverse=True)
     if threshold:
         enough = {i for i in hidden if sure[i] >= threshold}
-        doubtful = [i for i in in_order if i not in enough]
-        first = doubtful if order == "random" else doubtful[:1]
-        return [sorted({i} | enough) for i in first] or [sorted(enough)]
+        first = hidden if order == "random" else in_order[:1]
+        return [sorted({i} | enough) for i in first]
     if order == "spread":
         stretches = [set(free[k:k + N]).intersection(hidden) for k in range(0, len(free), N)]
         return [[min(stretch, key=in_order.index) for stretch in stretches if stretch]]
