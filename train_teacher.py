@@ -569,7 +569,7 @@ def load(path, option, device="cpu"):
     except UserError as e:
         raise UserError(f"{option} {path}: {e}") from None
     except Exception:  # a broken file can fail in many ways
-        raise UserError(f"{option} {path}: corrupt, or not a checkpoint of this program; "
+        raise UserError(f"{option} {path}: corrupt, or of another program or version; "
                         "delete it or name another") from None
     return model, tokenizer, ckpt
 
@@ -731,8 +731,8 @@ class Options(RunOptions):
 
 
 def options_of(ckpt):
-    """The Options in a checkpoint, without those not known here; older ones count in "steps"."""
-    stored = {"updates": ckpt["options"].get("steps"), **ckpt["options"]}
+    """The Options in a checkpoint, without those of other scripts."""
+    stored = ckpt["options"]
     return Options(**{name: stored[name] for name in vars(Options()) if name in stored})
 
 

@@ -344,7 +344,7 @@ def slot_table(kept):
         for n in (0, *UPDATES):
             row = [f"`{data}`", str(n)]
             for name in ("own", "plain"):
-                runs = students(kept, data, name)
+                runs = [run for run in students(kept, data, name) if str(n) in run["at"]]
                 row += [said(data, runs, written(way, n)) for way in (ONE, SURE, TWO)]
                 row.append(stated(runs, at("bound", n)))
             rows.append(row)
