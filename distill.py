@@ -396,6 +396,25 @@ def rounds(o):
     return folders
 
 
+def before_training(o, folder):
+    """The first rows of the main job's table, and b: text, the AR teacher, its weights opened."""
+    o = dataclasses.replace(o, method="opdlm")
+    device = train_teacher.pick_device(o.device)
+    _, teacher, student, judge, corpus = load_models(o, device, folder, None)
+    b = student.b
+    if teacher.L % b:
+        raise UserError(f"--block {b}: does not divide the context of {teacher.L}, as opdlm needs")
+    path = folder / "untrained.json"
+    if o.overwrite or not path.exists():
+        rows = let_write("untrained", student.eval(), teacher, judge, corpus, o.order, b)
+        train_teacher.write_json(path, {"table": rows})
+    return table_in(path), b
+
+
+def table_in(path):
+    return json.loads(Path(path).read_text())["table"]
+
+
 def main_job(o):
     """TCS, SDTT from its student, and OPDLM, each a run; then one table and one figure of all."""
     if o.states or o.target:
@@ -409,17 +428,7 @@ def main_job(o):
     print("a teacher, a judge, then TCS, SDTT and OPDLM: 4 to 8 minutes on 2 cores with the "
           "defaults", flush=True)
     folder = Path(o.out or "runs/" + train_teacher.run_name(o, "all", f"-b{o.block}"))
-    start = dataclasses.replace(o, method="opdlm")              # from the teacher's weights
-    device = train_teacher.pick_device(o.device)
-    _, teacher, student, judge, corpus = load_models(start, device, folder, None)
-    b = student.b
-    if teacher.L % b:
-        raise UserError(f"--block {b}: does not divide the context of {teacher.L}, as opdlm needs")
-    untrained = folder / "untrained.json"                       # what training is worth
-    if o.overwrite or not untrained.exists():
-        rows = let_write("untrained", student.eval(), teacher, judge, corpus, o.order, b)
-        train_teacher.write_json(untrained, {"table": rows})
-
+    table, b = before_training(o, folder)
     parts = {method: dataclasses.replace(o, method=method, texts=max(16, o.texts // 2),
                                          updates=max(1, round(o.updates * share)))
              for method, share in SHARES.items()}
@@ -429,9 +438,8 @@ def main_job(o):
     *_, sdtt = rounds(one_round).values()
     opdlm = finish(parts["opdlm"], f"{folder}-opdlm")
 
-    table = json.loads(untrained.read_text())["table"]
     for name, its_folder in {"TCS": tcs, "SDTT": sdtt, "OPDLM": opdlm}.items():
-        _, _, *rows = json.loads(Path(its_folder, "metrics.json").read_text())["table"]
+        _, _, *rows = table_in(f"{its_folder}/metrics.json")
         table += [{**r, "what": r["what"].replace("student", name)} for r in rows]
     sample.print_rows(table, header=f"blocks of {b}")
     train_teacher.save_figure(plot_quality(table), folder / "quality.png")

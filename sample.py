@@ -52,7 +52,7 @@ class Options:
     number: int = option(4, "texts", at_least=1)
     steps: int = option(0, "steps a block; 0: one a token", at_least=0)
     order: str = option("", "first come random tokens, the surest, or the surest of each stretch; "
-                            "empty: left, or with --steps what the model learned", ("", *dlm.ORDERS))
+                            "empty: left, or with --steps the model's", ("", *dlm.ORDERS))
     threshold: float = option(0.0, "a step reveals all at least so sure", at_least=0, at_most=1)
     temperature: float = option(1.0, "below 1 sharper, 0 the likeliest", at_least=0)
     top_k: int = option(0, "draw from the K likeliest tokens; 0: from all", at_least=0)
