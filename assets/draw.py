@@ -291,12 +291,14 @@ def students(kept, data, name, **want):
     return chosen(kept["runs"], data=data, name=name, **{**usual, **want})
 
 
+def marked(row):
+    """Judge NLL or, of stories, the share right."""
+    return (row["right"], row["right_se"]) if "right" in row else judged(row)
+
+
 def written(way, updates=1000):
-    """What the students of so many updates write: judge NLL or, of stories, the share right."""
-    def measure(run):
-        row = run["at"][str(updates)][way]
-        return (row["right"], row["right_se"]) if "right" in row else judged(row)
-    return measure
+    """What the students of so many updates write."""
+    return lambda run: marked(run["at"][str(updates)][way])
 
 
 def at(key, updates=1000):
@@ -306,7 +308,7 @@ def at(key, updates=1000):
 
 def percent(runs, measure):
     mean, error = mean_of(runs, measure)
-    return f"{100 * mean:.0f}%" + (f" ± {100 * error:.0f}" if len(runs) > 1 else "")
+    return f"{100 * mean:.1f}%" + (f" ± {100 * error:.1f}" if error else "")
 
 
 def said(data, runs, measure):
@@ -346,7 +348,7 @@ def slot_table(kept):
             for name in ("own", "plain"):
                 runs = [run for run in students(kept, data, name) if str(n) in run["at"]]
                 row += [said(data, runs, written(way, n)) for way in (ONE, SURE, TWO)]
-                row.append(stated(runs, at("bound", n)))
+                row.append(f"{mean_of(runs, at('bound', n))[0]:.2f}")
             rows.append(row)
     head = [f"{slot} slot: {what}" for slot in ("own", "teacher's")
             for what in ("1, left", "1, surest", "2", "bound")]
@@ -357,14 +359,18 @@ def student_table(kept):
     """The methods after 1000 updates: quality by tokens a step, bound, gap, and seconds."""
     rows = []
     for data in ("docs", "stories"):
+        ar = kept["ar"][data]
+        quality = said(data, [ar], marked)
+        rows.append([f"`{data}`", "AR teacher", quality, "", "", "", f"{ar['bound']:.2f}",
+                     "", "", ""])
         for name, (label, _) in STUDENTS.items():
             runs = students(kept, data, name)
             quality = [said(data, runs, written(way)) for way in (ONE, SURE, TWO, FOUR)]
             gap = [f"{mean_of(runs, lambda r: (r['at']['1000']['gap'][i], 0))[0]:.3f}"
                    for i in (0, 1)]
             seconds = min(run["at"]["1000"]["seconds"] + run["asked"] for run in runs)
-            rows.append([f"`{data}`", label, *quality, stated(runs, at("bound")), " / ".join(gap),
-                         f"{seconds:.0f} s", str(len(runs))])
+            rows.append([f"`{data}`", label, *quality, f"{mean_of(runs, at('bound'))[0]:.2f}",
+                         " / ".join(gap), f"{seconds:.0f} s", str(len(runs))])
     head = ["1 a step, left", "1, surest", "2", "4", "bound", "KL from teacher: visited / random",
             "training", "seeds"]
     return markdown(["", "student", *head], rows)
