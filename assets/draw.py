@@ -283,7 +283,8 @@ def quality(rows):
 # Students that read where their teacher reads
 
 STUDENTS = {"opdlm": ("OPDLM", "ko-"), "tcs": ("TCS", "kD-."), "prefix": ("prefix", "ks:"),
-            "plain": ("plain", "k^--"), "own": ("plain, own slot", "kv-")}
+            "plain": ("plain", "k^--"), "own": ("own slot, rate .02", "kv-"),
+            "own-low": ("own slot, rate .006", "kv:")}
 UPDATES = (50, 200, 1000)
 ONE, SURE, TWO, FOUR = "one", "surest", "two", "four"      # tokens a step: left first, surest first
 
@@ -346,16 +347,16 @@ def slot_table(kept):
     """Plain diffusion from the AR weights: the student's own slot against its teacher's."""
     rows = []
     for data in ("docs", "stories"):
-        for n in (0, *UPDATES):
-            row = [f"`{data}`", str(n)]
-            for name in ("own", "plain"):
+        for name in ("own", "own-low", "plain"):
+            for n in (0, *UPDATES):
                 runs = [run for run in students(kept, data, name) if str(n) in run["at"]]
-                row += [said(data, runs, written(way, n)) for way in (ONE, SURE, TWO)]
-                row.append(f"{mean_of(runs, at('bound', n))[0]:.2f}")
-            rows.append(row)
-    head = [f"{slot} slot: {what}" for slot in ("own", "teacher's")
-            for what in ("1, left", "1, surest", "2", "bound")]
-    return markdown(["", "updates", *head], rows)
+                if runs:
+                    label = STUDENTS[name][0].replace("plain", "teacher's slot")
+                    quality = [said(data, runs, written(way, n)) for way in (ONE, SURE, TWO)]
+                    bound = f"{mean_of(runs, at('bound', n))[0]:.2f}"
+                    rows.append([f"`{data}`", label, str(n), *quality, bound, str(len(runs))])
+    head = ["", "reads in", "updates", "1 a step, left", "1, surest", "2", "bound", "seeds"]
+    return markdown(head, rows)
 
 
 def student_table(kept):
