@@ -100,8 +100,8 @@ def halves(o, teacher, earlier_self, kept):
     def data(student, x, rows):
         return State(x, x, dlm.hide(x, b, V), rows=rows)
 
-    def sampled(student, x, rows):          # in a round of sdtt `steps` are the teacher's,
-                                            # `fewest` the student's
+    def sampled(student, x, rows):
+        # In a round of sdtt o.fewest are the student's steps a block, o.steps its earlier self's.
         z, t = dlm.hide_at_step_times(x, b, V, o.fewest)
         return State(x, x, z, t)
 

@@ -5,7 +5,6 @@ command draws the PICTURES and writes the TABLES into the PAGES.
 """
 import itertools
 import json
-import math
 import re
 import sys
 from pathlib import Path
@@ -34,11 +33,6 @@ def bound(run):
     """The test bound in nats a character. Its sampling error was kept in nats a token."""
     per_char = run["test_nats_per_char"]
     return per_char, run["test_se"] * per_char / run["test_nats_per_token"]
-
-
-def spread(steps):
-    """Judge NLL of the texts that a run's student writes in so many steps a block."""
-    return lambda run: judged(run["rows"][f"spread {steps}"])
 
 
 def number(key):
