@@ -3,6 +3,7 @@
     python distill.py                 # teacher, judge, a student of each method: the whole way
     python distill.py --method tcs    # one method, at full length
     python distill.py --method plain  # the same student without a teacher: the control
+    python distill.py --preset laptop-smollm2 --method opdlm    # a pre-trained teacher
 
 A method is two words: which states the student trains on, and which target it aims at. --states and
 --target replace either, so every control is one word away.
@@ -38,8 +39,16 @@ METHODS = {  # name: states, target
 }
 RATE = 0.002          # of students that know something: a higher one makes them forget it
 RATE_AT_RANDOM = 0.02
+JUDGE_OF_TEXT = train_teacher.Options(tokenizer="char", context=128, updates=2000)
 SHARES = {"tcs": 0.2, "sdtt": 0.08, "opdlm": 0.15}   # of --updates, with --method all
-JUDGED = 256        # texts a row of the table; their NLL has a sampling error of .02 nats per token
+RATE_PRETRAINED = 5e-5                # AdamW's
+PRESETS = {  # for pre-trained teachers: options that the command line does not give
+    "laptop-smollm2": {"teacher": "smollm2", "updates": 40, "batch_size": 4, "texts": 160,
+                       "candidates": 8, "judged": 16},
+    "gpu-smollm2": {"teacher": "smollm2", "context": 256, "updates": 2000, "batch_size": 32,
+                    "texts": 4096, "candidates": 8, "judged": 64},
+    "gpu-gpt2": {"teacher": "hf:openai-community/gpt2", "context": 256, "updates": 2000,
+                 "batch_size": 32, "texts": 4096, "candidates": 8, "judged": 64}}
 FLOOR = 0.9         # of held-out text's entropy: what a student writes should not fall below it
 COLLAPSED = 20      # nats, added to the validation of a student below that floor
 
@@ -55,19 +64,26 @@ class Options(train_teacher.RunOptions):
     target: str = option("", "onehot: the text; prefix: p_T(x_i|x_<i); the others are "
                          "estimators of TCS; empty: the method's",
                          ("", "onehot", "prefix", *dlm.ESTIMATORS))
-    teacher: str = option("", "an AR checkpoint; empty: the one in runs/, trained if missing")
+    preset: str = option("", "options for a pre-trained teacher that are known to work",
+                         ("", *PRESETS))
+    teacher: str = option("", "an AR checkpoint; smollm2, hf:NAME of the hub, or a folder that "
+                          "transformers saved; empty: the one in runs/, trained if missing")
+    context: int = option(64, "tokens of a text, if the teacher is a pre-trained one", at_least=2)
     student: str = option("ar", "start from: ar (the teacher's weights), random, or a checkpoint")
     block: int = option(4, "block length b of the student; 0 is the whole context", at_least=0)
     updates: int = option(1000, "updates of the weights", at_least=1)
     batch_size: int = option(8, "texts an update", at_least=1)
     lr: float = option(0.0, "Muon's learning rate; AdamW's is 0.15 of it; 0: .002, or from random "
-                       "weights .02", at_least=0)
+                       "weights .02; of pre-trained models AdamW's: 5e-5", at_least=0)
     divergence: str = option("forward", "forward, reverse, tvd or mse, between target and student",
                              ("forward", "reverse", "tvd", "mse"))
     fraction: float = option(1.0, "share of the training text that the student sees, from a place "
                              "that the seed chooses", at_least=0, at_most=1)
     texts: int = option(2048, "texts that the teacher writes or scores, once", at_least=16)
     candidates: int = option(16, "K, candidates that topk and grad+topk score", at_least=1)
+    judged: int = option(256, "texts a row of the table, and held-out texts that choose the "
+                         "weights", at_least=4)
+    unseen: str = option("", "other text files, with commas: their bound is reported, too")
     order: str = option("spread", "order of writing: in rollouts, in the table, in sample.py",
                         dlm.ORDERS[1:])
     steps: int = option(0, "steps a block of rollouts and of sdtt's first teacher; 0: one a token",
@@ -89,12 +105,12 @@ class State:
     rows: torch.Tensor = None   # which of the kept texts these are
 
 
-def halves(o, teacher, earlier_self, kept):
+def halves(o, b, teacher, earlier_self, kept):
     """The two halves of every method: {name: states(student, x, rows)} and {name: target(state)}.
 
     kept: the concrete scores of all texts by row, which were asked before training.
     """
-    b, V = earlier_self.b, teacher.V
+    V = teacher.V
 
     # States: what the student looks at.
     def data(student, x, rows):
@@ -131,8 +147,11 @@ def halves(o, teacher, earlier_self, kept):
 def choose_method(o):
     """Fills in what the method says and the user did not, and refuses pairs that make no sense."""
     states, target = METHODS[o.method]
-    lr = o.lr or (RATE_AT_RANDOM if o.student == "random" else RATE)
-    o = dataclasses.replace(o, states=o.states or states, target=o.target or target, lr=lr)
+    rate = RATE_AT_RANDOM if o.student == "random" else RATE
+    if train_teacher.is_pretrained(o.teacher):
+        rate = RATE_PRETRAINED
+    o = dataclasses.replace(o, states=o.states or states, target=o.target or target,
+                            lr=o.lr or rate)
     if o.divergence == "reverse" and o.target not in ("prefix", "later"):
         raise UserError("--divergence reverse: infinite where the target is one-hot; "
                         "use forward, tvd or mse")
@@ -162,7 +181,8 @@ def score_texts(o, teacher, texts, b):
     """The concrete scores of all texts, once: candidates and probabilities (n, L, K)."""
     print(f"the teacher scores {len(texts)} texts, once", flush=True)
     at_once = 4 if texts.device.type == "cpu" else 64           # a CPU's cache is small
-    at_once = max(1, at_once * 64 // texts.size(1))             # and memory is, for long texts
+    at_once = at_once * 64 // texts.size(1)                     # and memory is, for long texts
+    at_once = max(1, at_once * 8192 // max(8192, teacher.V))    # and many words
     batches = tqdm(texts.split(at_once), "scoring", leave=False, disable=None)
     v, c = zip(*(dlm.tcs(teacher, x, b, o.target, o.candidates) for x in batches))
     return torch.cat(v), torch.cat(c)
@@ -176,14 +196,15 @@ class Distillation:
         self.o = o
         self.teacher = teacher
         self.texts = texts_for(o, teacher, corpus.parts["train"].to(device))
-        self.held = train_teacher.consecutive(corpus.parts["val"], student.L, 256).to(device)
+        held = train_teacher.consecutive(corpus.parts["val"], student.L, o.judged)
+        self.held = held.to(device)
         if o.states == "teacher":       # no text but the teacher's: it chooses the weights, too
             with dlm.seeded(o.seed + 1):
-                self.held = dlm.generate(teacher, 256)
+                self.held = dlm.generate(teacher, o.judged)
         asked_before = o.states in ("data", "teacher") and o.target in dlm.ESTIMATORS
         kept = score_texts(o, teacher, self.texts, student.b) if asked_before else None
-        earlier_self = copy.deepcopy(student).eval()
-        states, targets = halves(o, teacher, earlier_self, kept)
+        earlier_self = copy.deepcopy(student).eval() if o.states == "sampled" else None
+        states, targets = halves(o, student.b, teacher, earlier_self, kept)
         self.states = states[o.states]
         self.target = targets[o.target]
 
@@ -203,7 +224,8 @@ class Distillation:
         o = self.o
         steps = o.fewest if o.states == "sampled" else o.steps or student.b
         with dlm.seeded(0):
-            written = dlm.generate(student, 64, min(steps, 16), order=o.order)  # 16: b may be large
+            number = max(1, o.judged // 4)
+            written = dlm.generate(student, number, min(steps, 16), order=o.order)  # b may be large
         value = dlm.bound(student, self.held)[0] + dlm.bound(self.teacher, written)[0]
         real = dlm.entropy(self.held[:len(written)])       # as many: it grows with their number
         its_own = dlm.entropy(written)
@@ -240,6 +262,8 @@ def plot_quality(rows):
 
 def teacher_path(o):
     """The AR model to learn from: given, found in runs/, or trained first."""
+    if train_teacher.is_pretrained(o.teacher):
+        return train_teacher.import_pretrained(o.teacher, o.context)
     like = train_teacher.Options(tokenizer=o.tokenizer)
     return Path(o.teacher or train_teacher.ar_model(o, 0, "teacher", like))
 
@@ -257,9 +281,12 @@ def load_models(o, device, folder, ckpt):
     student = make_student(o, teacher, tokenizer, device)
 
     like = train_teacher.options_of(teacher_ckpt)
-    spec = like.tokenizer if o.teacher else tokenizer
+    pretrained = tokenizer.kind == "pretrained"
+    spec = like.tokenizer if o.teacher and not pretrained else tokenizer
     corpus = train_teacher.load_corpus(o.data, spec, teacher.L)
-    if o.teacher:                       # it may have learned from any text, in the same tokens
+    if pretrained:                      # its tokens suit any text; the judge reads characters
+        like = dataclasses.replace(JUDGE_OF_TEXT, data=o.data)
+    elif o.teacher:                     # it may have learned from any text, in the same tokens
         train_teacher.same_vocabulary(f"--teacher {path}", tokenizer, teacher,
                                       f"--data {o.data}", corpus.tokenizer, teacher)
     else:
@@ -270,10 +297,11 @@ def load_models(o, device, folder, ckpt):
     judge = None
     if corpus.name != "stories":        # where each story is right or wrong
         judge_path = train_teacher.ar_model(o, like.seed + 1, "judge", like)
-        judge, its_tokenizer, judge_ckpt = train_teacher.load(judge_path, "the judge,", device)
-        train_teacher.same_text(judge_path, judge_ckpt, corpus)
-        train_teacher.same_vocabulary(f"--teacher {path}", tokenizer, teacher,
-                                      f"the judge, {judge_path}", its_tokenizer, judge)
+        judge = train_teacher.load(judge_path, "the judge,", device)
+        if not pretrained:
+            train_teacher.same_text(judge_path, judge[2], corpus)
+            train_teacher.same_vocabulary(f"--teacher {path}", tokenizer, teacher,
+                                          f"the judge, {judge_path}", judge[1], judge[0])
     return path, teacher, student, judge, corpus
 
 
@@ -290,7 +318,7 @@ def make_student(o, teacher, tokenizer, device):
     if o.method == "sdtt":
         b = start.b
     torch.manual_seed(o.seed)
-    student = dlm.Transformer(dataclasses.replace(start.c, b=b)).to(device)
+    student = train_teacher.new_model(dataclasses.replace(start.c, b=b)).to(device)
     if o.student != "random":
         student.load_state_dict(start.state_dict(), strict=False)
     return student
@@ -314,25 +342,30 @@ def run(o, ckpt=None):
     report(o, folder, trainer, teacher, judge, corpus, more)
 
 
-def let_write(name, model, teacher, judge, corpus, order, most):
+def let_write(name, model, teacher, judge, corpus, o, most):
     """The rows of a table: held-out text, the AR teacher, and a model by steps and thresholds."""
-    ways = sample.ways_to_write(model.b, order, most=most)
+    ways = sample.ways_to_write(model.b, o.order, most=most)
     entrants = [("AR teacher", teacher, {})]
     entrants += [(f"{name}, {way_name}", model, way) for way_name, way in ways.items()]
-    return sample.compare(entrants, judge, corpus, JUDGED if judge else 4 * JUDGED)
+    return sample.compare(entrants, judge, corpus, o.judged if judge else 4 * o.judged)
 
 
 def report(o, folder, trainer, teacher, judge, corpus, more):
     """The table, the figure, samples, and what train_teacher.py reports of any model."""
     model = trainer.averaged()
     most = min(model.b, o.steps or model.b)
-    rows = let_write("student", model, teacher, judge, corpus, o.order, most)
+    rows = let_write("student", model, teacher, judge, corpus, o, most)
     if model.L % model.b == 0:
         held = train_teacher.consecutive(corpus.parts["test"], model.L, 64)
         held = held.to(model.embedding.weight.device)
         more["gap"] = dlm.inference_gap(model, teacher, held, most, o.order)
         print("\nKL from the AR teacher: {:.3f} nats per token on states that the student visits, "
               "{:.3f} on random masks".format(*more["gap"]))
+    for text in filter(None, o.unseen.split(",")):
+        other = train_teacher.load_corpus(text, corpus.tokenizer, model.L)
+        its_bound, its_nll = (train_teacher.test_bound(m, other)[2] for m in (model, teacher))
+        more.setdefault("unseen", {})[text] = {"nats_per_char": its_bound, "teacher": its_nll}
+        print(f"{text}: {its_bound:.3f} nats per character, the AR teacher {its_nll:.3f}")
     train_teacher.report(o, folder, trainer, model, corpus, table=rows,
                          validated="bound, and teacher's NLL of samples", **more)
     train_teacher.save_figure(plot_quality(rows), folder / "quality.png")
@@ -406,7 +439,7 @@ def before_training(o, folder):
         raise UserError(f"--block {b}: does not divide the context of {teacher.L}, as opdlm needs")
     path = folder / "untrained.json"
     if o.overwrite or not path.exists():
-        rows = let_write("untrained", student.eval(), teacher, judge, corpus, o.order, b)
+        rows = let_write("untrained", student.eval(), teacher, judge, corpus, o, b)
         train_teacher.write_json(path, {"table": rows})
     return table_in(path), b
 
@@ -448,7 +481,10 @@ def main_job(o):
 
 
 def main(argv):
-    o, ckpt = train_teacher.resumed(train_teacher.parse(Options, argv, __doc__), argv)
+    o = train_teacher.parse(Options, argv, __doc__)
+    if o.preset:
+        o = train_teacher.parse(Options, argv, __doc__, PRESETS[o.preset])
+    o, ckpt = train_teacher.resumed(o, argv)
     if ckpt or o.method not in ("all", "sdtt"):
         run(o, ckpt)
     elif o.method == "sdtt":

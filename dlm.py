@@ -174,6 +174,7 @@ class Transformer(nn.Module):
         self.V = c.V
         self.L = c.L
         self.b = c.b
+        self.bos = c.V                       # what slot 0 holds: [MASK] stands for "begin of text"
         self.embedding = nn.Embedding(c.V + 1, c.n_embd)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.n_layer))
         self.head = nn.Linear(c.n_embd, c.V, bias=False)
@@ -208,8 +209,8 @@ class Transformer(nn.Module):
         return self.embedding(before[:, window]) + self.own(self.embedding(z[:, window]))
 
     def shift(self, x):
-        """x_0 .. x_{L-1} -> [MASK] x_0 .. x_{L-2}: what the AR model's slots hold."""
-        return F.pad(x[:, :-1], (1, 0), value=self.V)
+        """x_0 .. x_{L-1} -> bos x_0 .. x_{L-2}: what the AR model's slots hold."""
+        return F.pad(x[:, :-1], (1, 0), value=self.bos)
 
     def run(self, e, position, mask, cache=None, last=0, wanted=None):
         """Embeddings e (B, T, d) at positions (T,) or (B, T) -> hidden states (B, T, d).
@@ -988,7 +989,7 @@ def bound(model, x, repeats=1, seed=0, neighbours=1):
     model.eval()
     each = torch.zeros(len(x), device=x.device, dtype=model.embedding.weight.dtype)
     with seeded(seed):
-        for rows in torch.arange(len(x), device=x.device).split(128):
+        for rows in torch.arange(len(x), device=x.device).split(at_once(model)):
             for _ in range(repeats):
                 z = hide(x[rows], model.b, model.V)
                 each[rows] += text_bound(model, x[rows], z) / repeats
@@ -996,6 +997,11 @@ def bound(model, x, repeats=1, seed=0, neighbours=1):
     alike = max(1, min(neighbours, len(each) // 2))                  # two pieces at the least
     pieces = torch.stack([piece.mean() for piece in each.split(alike)])
     return each.mean().item(), (pieces.std() / len(pieces) ** 0.5).item()
+
+
+def at_once(model):
+    """How many texts to run at once, so that log-probabilities (texts, L, V) stay below 16 MB."""
+    return min(128, max(1, 2 ** 22 // (model.L * model.V)))
 
 
 def text_bound(model, x, z):

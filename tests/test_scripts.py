@@ -40,7 +40,7 @@ TCS = "runs/tcs-tiny-char-b4-s0"
 MDLM = "runs/mdlm"
 UNIX = pytest.mark.skipif(os.name == "nt", reason="Windows has other signals")
 SKIP_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-distill.JUDGED = 32  # texts a row of the tables: enough to see that they are made
+
 
 
 def write_text(path, words, n=20_000):
