@@ -39,7 +39,7 @@ METHODS = {  # name: states, target
 }
 RATE = 0.002          # of students that know something: a higher one makes them forget it
 RATE_AT_RANDOM = 0.02
-JUDGE_OF_TEXT = train_teacher.Options(tokenizer="char", context=128, updates=2000)
+JUDGE_OF_TEXT = train_teacher.Options(tokenizer="char", context=128, updates=500)
 SHARES = {"tcs": 0.2, "sdtt": 0.08, "opdlm": 0.15}   # of --updates, with --method all
 RATE_PRETRAINED = 5e-5                # AdamW's
 PRESETS = {  # for pre-trained teachers: options that the command line does not give
@@ -198,6 +198,7 @@ class Distillation:
         self.texts = texts_for(o, teacher, corpus.parts["train"].to(device))
         held = train_teacher.consecutive(corpus.parts["val"], student.L, o.judged)
         self.held = held.to(device)
+        self.pretrained = isinstance(teacher, train_teacher.Pretrained)
         if o.states == "teacher":       # no text but the teacher's: it chooses the weights, too
             with dlm.seeded(o.seed + 1):
                 self.held = dlm.generate(teacher, o.judged)
@@ -209,7 +210,8 @@ class Distillation:
         self.target = targets[o.target]
 
     def batch_loss(self, student):
-        rows = torch.randint(len(self.texts), (self.o.batch_size,), device=self.held.device)
+        number = train_teacher.part_of_batch(self.o)
+        rows = torch.randint(len(self.texts), (number,), device=self.held.device)
         s = self.states(student, self.texts[rows], rows)
         return dlm.loss(student, s.x, s.z, self.target(s), self.o.divergence)
 
@@ -225,7 +227,9 @@ class Distillation:
         steps = o.fewest if o.states == "sampled" else o.steps or student.b
         with dlm.seeded(0):
             number = max(1, o.judged // 4)
-            written = dlm.generate(student, number, min(steps, 16), order=o.order)  # b may be large
+            given = sample.beginnings(self.held[:number], student.V) if self.pretrained else None
+            written = dlm.generate(student, number, min(steps, 16), given, order=o.order)  # 16: b
+                                                                                    # may be large
         value = dlm.bound(student, self.held)[0] + dlm.bound(self.teacher, written)[0]
         real = dlm.entropy(self.held[:len(written)])       # as many: it grows with their number
         its_own = dlm.entropy(written)
@@ -336,7 +340,7 @@ def run(o, ckpt=None):
     more = {"teacher": str(path), "teacher_seconds": time.time() - start}   # writing, scoring
     with dlm.seeded(0), dlm.counting(student) as count:         # what one batch costs
         method.batch_loss(student)
-    more["student_tokens"] = o.updates * count["slots"]
+    more["student_tokens"] = o.updates * o.parts * count["slots"]
     trainer = train_teacher.fit(o, folder, student, corpus, method.batch_loss, ckpt,
                                 method.validate)
     report(o, folder, trainer, teacher, judge, corpus, more)
@@ -345,6 +349,8 @@ def run(o, ckpt=None):
 def let_write(name, model, teacher, judge, corpus, o, most):
     """The rows of a table: held-out text, the AR teacher, and a model by steps and thresholds."""
     ways = sample.ways_to_write(model.b, o.order, most=most)
+    if isinstance(model, train_teacher.Pretrained):          # each takes a minute
+        ways = {"one token a step": {}, "two": {"steps": model.b // 2}, "sure": {"threshold": 0.9}}
     entrants = [("AR teacher", teacher, {})]
     entrants += [(f"{name}, {way_name}", model, way) for way_name, way in ways.items()]
     return sample.compare(entrants, judge, corpus, o.judged if judge else 4 * o.judged)
@@ -361,9 +367,12 @@ def report(o, folder, trainer, teacher, judge, corpus, more):
         more["gap"] = dlm.inference_gap(model, teacher, held, most, o.order)
         print("\nKL from the AR teacher: {:.3f} nats per token on states that the student visits, "
               "{:.3f} on random masks".format(*more["gap"]))
+    more["teacher_nats_per_char"] = train_teacher.test_bound(teacher, corpus)[2]
     for text in filter(None, o.unseen.split(",")):
-        other = train_teacher.load_corpus(text, corpus.tokenizer, model.L)
-        its_bound, its_nll = (train_teacher.test_bound(m, other)[2] for m in (model, teacher))
+        lines = "".join(train_teacher.read_lines(text, "--unseen"))
+        ids = corpus.tokenizer.encode(lines, "--unseen", unknown="drop")
+        its_bound, its_nll = (train_teacher.bound_of(m, ids, len(ids) / len(lines))[2]
+                              for m in (model, teacher))
         more.setdefault("unseen", {})[text] = {"nats_per_char": its_bound, "teacher": its_nll}
         print(f"{text}: {its_bound:.3f} nats per character, the AR teacher {its_nll:.3f}")
     train_teacher.report(o, folder, trainer, model, corpus, table=rows,

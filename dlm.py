@@ -1048,13 +1048,16 @@ def judge_samples(judge, x, train_text):
     return marks
 
 
-def judge_sampling(model, B, judge, train_text, **way):
+def judge_sampling(model, B, judge, train_text, given=None, **way):
     """Lets a model write B texts: what is said of them and what they cost -> row, texts (B, L).
 
-    calls: steps that reveal something of a text, on average, which are the calls of the network
-    that it would need alone. seconds: of the whole batch.
+    given (B, L): the state to begin with; None: all is hidden. calls: steps that reveal something
+    of a text, on average, which are the calls of the network that it would need alone. seconds: of
+    the whole batch.
     """
-    x = torch.full((B, model.L), model.V, device=model.embedding.weight.device)
+    x = given
+    if given is None:
+        x = torch.full((B, model.L), model.V, device=model.embedding.weight.device)
     calls = 0
     start = time.time()
     for z in sample(model, x, **way):

@@ -25,7 +25,7 @@ from pathlib import Path
 import dlm  # before torch, for the setting that torch must find when it starts
 import torch
 from dlm import UserError
-from train_teacher import (consecutive, load, load_corpus, mark_stories, option, parse,
+from train_teacher import (Pretrained, consecutive, load, load_corpus, mark_stories, option, parse,
                            pick_device, replace_file, run_script, same_vocabulary, versions,
                            write_json)
 
@@ -259,6 +259,9 @@ def compare(entrants, judge, corpus, B, seed=0):
     train_text = corpus.tokenizer.decode(train_ids)
     model = entrants[0][1]
     held_out = consecutive(corpus.parts["test"], model.L, B).to(model.embedding.weight.device)
+    given, begin = None, 0
+    if isinstance(model, Pretrained):     # it has read of everything, and must be told what to write
+        given, begin = beginnings(held_out.repeat(B, 1)[:B], model.V), model.L // 4
     ends = passages(corpus, 256 if B >= 256 else B)
     judge_model, its_tokenizer = judge[:2] if judge else (None, None)
     other_tokens = judge and its_tokenizer.state() != corpus.tokenizer.state()
@@ -275,16 +278,25 @@ def compare(entrants, judge, corpus, B, seed=0):
 
     rows = []
     reader = None if other_tokens else judge_model
+    held_out = held_out[:, begin:]
     finish({"what": "held-out text", **dlm.judge_samples(reader, held_out, train_ids)}, held_out)
     for what, model, way in entrants:
         with dlm.seeded(seed):
-            row, x = dlm.judge_sampling(model, B, reader, train_ids, **way)
+            row, x = dlm.judge_sampling(model, B, reader, train_ids, given, **way)
             if judge:
                 row["last_word"] = last_word_accuracy(model, ends, corpus.tokenizer, **way)
         for size in (1, 32)[:B // 16]:                       # not 32 where a text takes so long
             row[f"seconds_{size}"] = timed(lambda: dlm.generate(model, size, **way).cpu())
+        x = x[:, begin:]
+        if begin:
+            row |= dlm.judge_samples(reader, x, train_ids)   # of what it wrote itself
         finish({"what": what, **row}, x)
     return rows
+
+
+def beginnings(x, V):
+    """Texts x (n, L) with all but the first quarter hidden."""
+    return torch.where(torch.arange(x.size(1), device=x.device) < x.size(1) // 4, x, V)
 
 
 def in_windows(texts, tokenizer, L):

@@ -17,7 +17,6 @@ import copy
 import dataclasses
 import hashlib
 import importlib.util
-import io
 import json
 import math
 import platform
@@ -164,12 +163,12 @@ def mark_stories(texts, train_text):
 CORPORA = {"docs": docs, "shakespeare": shakespeare, "stories": stories}
 
 
-def read_lines(path):
+def read_lines(path, option="--data"):
     """A file by lines. Long ones count once: held-out text must not stand in the training part."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     except (OSError, UnicodeDecodeError):
-        raise UserError(f"--data {path}: cannot be read, or is not UTF-8 text; "
+        raise UserError(f"{option} {path}: cannot be read, or is not UTF-8 text; "
                         f"give a text file or one of {', '.join(CORPORA)}") from None
     kept = {line if len(line) >= 64 else i: line for i, line in enumerate(lines)}
     if len(kept) < len(lines):
@@ -392,9 +391,10 @@ class Trainer:
     EMA = 0.99   # evaluation and later teachers use averaged weights
     PLAIN = ("done", "seconds", "loss_sum", "history", "best")  # attributes kept as they are
 
-    def __init__(self, model, updates, lr):
+    def __init__(self, model, updates, lr, parts=1):
         self.model = model
         self.updates = updates
+        self.parts = parts   # of a batch, one after the other, to save memory
         self.done = 0
         self.seconds = 0.0
         self.loss_sum = 0.0  # since the last line of the history
@@ -431,7 +431,7 @@ class Trainer:
         return model.eval()
 
     def update(self, batch_loss):
-        """One update of the weights -> the batch's loss.
+        """One update of the weights -> the batch's loss. batch_loss() is one part's.
 
         The rate rises over a tenth of the updates (at most 100) and falls over the last 60%."""
         warmup = min(100, self.updates / 10)
@@ -439,9 +439,13 @@ class Trainer:
         share = min(1, (self.done + 1) / warmup, left / 0.6)
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * share
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.model.embedding.weight.is_cuda):
-            loss = batch_loss()
-        loss.backward()
+        mean = 0.0
+        for _ in range(self.parts):
+            on_gpu = self.model.embedding.weight.is_cuda
+            with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
+                loss = batch_loss() / self.parts
+            loss.backward()
+            mean = mean + loss.detach()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -450,8 +454,8 @@ class Trainer:
         weights = list(self.model.state_dict().values())
         torch._foreach_lerp_(list(self.ema.values()), weights, 1 - decay)
         self.done += 1
-        self.loss_sum = self.loss_sum + loss.detach()
-        return loss.detach()
+        self.loss_sum = self.loss_sum + mean
+        return mean
 
     def record(self, validation):
         """Adds a line to the history, and keeps the weights if none before did as well."""
@@ -545,6 +549,10 @@ class Pretrained(dlm.Transformer):
     @property
     def embedding(self):
         return self.body.get_input_embeddings()
+
+    @property
+    def layers(self):
+        return next(part for part in self.body.modules() if isinstance(part, nn.ModuleList))
 
     def run(self, e, position, mask, cache=None, last=0, wanted=None):
         T = e.size(1)
@@ -643,8 +651,9 @@ def import_pretrained(name, L):
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"--teacher {name}: cannot be loaded as a causal language model: "
                         f"{type(e).__name__}: {reason}") from None
-    bos = tokenizer.bos_token_id
-    bos = tokenizer.eos_token_id if bos is None else bos
+    begins = [tokenizer.bos_token_id, tokenizer.eos_token_id]   # in a chat with who speaks, so:
+    begins.insert(0, tokenizer.get_vocab().get("<|endoftext|>"))       # what stood between texts
+    bos = next(token for token in begins if token is not None)
     hf = json.loads(whole.config.to_json_string())
     hf.pop("quantization_config", None)                      # it has been undone
     longest = getattr(whole.config, "max_position_embeddings", L)
@@ -700,14 +709,25 @@ def write_json(path, data):
 def save(path, model, tokenizer, options, trainer=None, corpus=None):
     """A checkpoint that needs nothing else; with a Trainer its best weights and all its state.
 
-    corpus: the hash of the text that the model learned from."""
+    corpus: the hash of the text that the model learned from. Pre-trained models are large: they
+    keep half precision to write with, and nothing to go on from when they are done."""
     weights = trainer.best or trainer.ema if trainer else model.state_dict()
+    state = trainer and trainer.state()
+    if trainer and isinstance(model, Pretrained):
+        weights = {name: w.bfloat16() for name, w in weights.items()}
+        if trainer.done == trainer.updates:
+            state = {"done": trainer.done, "history": trainer.history}
     ckpt = {"format": FORMAT, "config": dataclasses.asdict(model.c), "tokenizer": tokenizer.state(),
             "weights": weights, "options": options, "corpus": corpus,
-            "trainer": trainer and trainer.state()}
-    buffer = io.BytesIO()  # torch.save would hide that a disk is full
-    torch.save(ckpt, buffer)
-    replace_file(path, lambda f: f.write(buffer.getbuffer()))
+            "trainer": state}
+
+    def write(f):
+        try:
+            torch.save(ckpt, f)
+        except RuntimeError as e:
+            raise e.__context__ or e        # torch hides that a disk is full
+
+    replace_file(path, write)
 
 
 def count_weights(c):
@@ -720,12 +740,16 @@ def count_weights(c):
 def new_model(c):
     """A Transformer. What no memory can hold is refused before any is taken."""
     size = 24 * (count_weights(c) + c.L * c.n_embd)  # weights, gradients, averages, momenta
+    pretrained = isinstance(c, PretrainedConfig)
     try:
         torch.empty(min(size, 2 ** 62), dtype=torch.uint8)
     except RuntimeError:
+        if pretrained:
+            raise UserError(f"--teacher: training a model of its size takes {size / 1e9:.0f} GB of "
+                            "memory; name a smaller one") from None
         raise UserError(f"--n_embd {c.n_embd}: training {c.n_layer} layers of this width takes "
                         f"{size / 1e9:.0f} GB of memory; lower --n_embd or --n_layer") from None
-    return Pretrained(c) if isinstance(c, PretrainedConfig) else dlm.Transformer(c)
+    return Pretrained(c) if pretrained else dlm.Transformer(c)
 
 
 def load(path, option, device="cpu"):
@@ -733,8 +757,8 @@ def load(path, option, device="cpu"):
     path = Path(path)
     try:
         path = path / "checkpoint.pt" if path.is_dir() else path
-        data = io.BytesIO(path.read_bytes())
-        ckpt = torch.load(data, map_location=device, weights_only=True)  # runs no code in the file
+        with open(path, "rb") as f:
+            ckpt = torch.load(f, map_location=device, weights_only=True)  # runs no code in the file
         if not isinstance(ckpt, dict):
             raise ValueError
         c = (PretrainedConfig if "hf" in ckpt["config"] else dlm.Config)(**ckpt["config"])
@@ -896,6 +920,7 @@ class RunOptions:
     """What every training run has."""
     data: str = option("docs", "docs, shakespeare, stories, or the path of a text file")
     tokenizer: str = option("bpe:512", "char, bpe (1024 tokens), bpe:SIZE or gpt2")
+    parts: int = option(1, "parts of a batch, one after the other, to save memory", at_least=1)
     seed: int = option(0, "seed of weights, batches and masks")
     out: str = option("", "folder of the run; empty: runs/ and a name made of the options")
     device: str = option("auto", "auto, cuda, mps or cpu")
@@ -915,6 +940,13 @@ class Options(RunOptions):
     updates: int = option(500, "updates of the weights", at_least=1)
     batch_size: int = option(32, "texts an update", at_least=1)
     lr: float = option(0.02, "Muon's learning rate; AdamW's is 0.15 of it")
+
+
+def part_of_batch(o):
+    """How many texts go through the network at once."""
+    if o.batch_size % o.parts:
+        raise UserError(f"--parts {o.parts}: does not divide --batch_size {o.batch_size}")
+    return o.batch_size // o.parts
 
 
 def options_of(ckpt):
@@ -945,9 +977,11 @@ def resumed(o, argv):
     given = {a.split("=")[0] for a in argv if a.startswith("--")} - {"--resume", "--device"}
     if given:
         raise UserError(f"{min(given)}: a resumed run keeps its own options; leave this one out")
-    model, _, ckpt = load(o.resume, "--resume")
     path = Path(o.resume)
+    model, _, ckpt = load(path, "--resume")
     folder = str(path if path.is_dir() else path.parent)
+    if ckpt["trainer"] and "model" not in ckpt["trainer"]:
+        raise UserError(f"--resume {path}: is finished; --overwrite makes it anew")
     try:
         Trainer(model, 1, 0.0).load(ckpt["trainer"])
         kept = type(o)(**ckpt["options"])
@@ -968,7 +1002,7 @@ def fit(o, folder, model, corpus, batch_loss, ckpt=None, validate=None):
         raise UserError(f"--out {folder}: cannot be made ({e.strerror}); name another") from None
     device = model.embedding.weight.device
     student = torch.compile(model) if device.type == "cuda" else model
-    trainer = Trainer(model, o.updates, o.lr)
+    trainer = Trainer(model, o.updates, o.lr, o.parts)
     torch.manual_seed(o.seed)  # here too: what was trained before in this process must not matter
     if ckpt:
         trainer.load(ckpt["trainer"])
@@ -987,13 +1021,18 @@ def fit(o, folder, model, corpus, batch_loss, ckpt=None, validate=None):
 
 def test_bound(model, corpus):
     """The bound on the test part: nats per token, its standard error, nats per character."""
-    held = consecutive(corpus.parts["test"], model.L).to(model.embedding.weight.device)
+    return bound_of(model, corpus.parts["test"], 1 / corpus.chars_per_token)
+
+
+def bound_of(model, ids, tokens_per_char):
+    """The same of a text ids (T,)."""
+    held = consecutive(ids, model.L).to(model.embedding.weight.device)
     repeats = 1 if model.b == 1 else TEST_REPEATS
-    if isinstance(model, Pretrained):
+    if isinstance(model, Pretrained):                        # a minute for each 64
         held, repeats = held[:64], min(repeats, 2)
-    in_a_chunk = round(CHUNK / corpus.chars_per_token / model.L)      # such windows are alike
+    in_a_chunk = round(CHUNK * tokens_per_char / model.L)    # such windows are alike
     test, se = dlm.bound(model, held, repeats, neighbours=max(1, in_a_chunk))
-    return test, se, test / corpus.chars_per_token
+    return test, se, test * tokens_per_char
 
 
 def report(o, folder, trainer, model, corpus, validated=None, **more):
@@ -1044,7 +1083,7 @@ def train(o, ckpt=None):
     ids = corpus.parts["train"].to(device)
 
     def batch_loss(student):
-        x = windows(ids, o.batch_size, o.context)
+        x = windows(ids, part_of_batch(o), o.context)
         z = dlm.hide(x, b, model.V)
         return dlm.loss(student, x, z, dlm.one_hot(x, model.V))
 

@@ -286,7 +286,8 @@ ONE, SURE, TWO, FOUR = "one", "surest", "two", "four"      # tokens a step: left
 def students(kept, data, name, **want):
     """The runs of a method on `docs` or `stories`, in blocks of four, from the AR weights."""
     usual = dict(block=4, start="ar", total=1000, states="")
-    return chosen(kept["runs"], data=data, name=name, **{**usual, **want})
+    usual |= {"name": name} if name else {}                    # None: every method
+    return chosen(kept["runs"], data=data, **{**usual, **want})
 
 
 def marked(row):
@@ -388,6 +389,39 @@ def threshold_table(kept):
     return markdown(["", "student", "threshold .99", ".9", ".7"], rows)
 
 
+def one_seed(runs, updates):
+    """Rows of a table: what one student of each method writes."""
+    rows = []
+    for name in ("opdlm", "tcs", "prefix", "plain"):
+        for run in chosen(runs, name=name):
+            quality = [f"{marked(run['at'][str(updates)][way])[0]:.2f}"
+                       for way in (ONE, SURE, TWO, FOUR)]
+            values = run["at"][str(updates)]
+            rows.append([STUDENTS[name][0], *quality, f"{values['bound']:.2f}",
+                         f"{values[TWO]['entropy']:.2f}"])
+    return rows
+
+
+ONE_SEED = ["1 a step, left", "1, surest", "2", "4", "bound", "entropy at 2"]
+
+
+def block_table(kept):
+    """Longer blocks, after 1000 updates on `docs`."""
+    rows = [[str(block), *row] for block in (8, 16, 64)
+            for row in one_seed(students(kept, "docs", None, block=block), 1000)]
+    return markdown(["b", "student", *ONE_SEED], rows)
+
+
+def long_table(kept):
+    """Blocks of four, up to 4000 updates on `docs` at the usual rate."""
+    rows = []
+    for updates in (1000, 2000, 4000):
+        runs = students(kept, "docs", None, total=4000, lr=0.002)
+        runs = [run for run in runs if str(updates) in run["at"]]
+        rows += [[str(updates), *row] for row in one_seed(runs, updates)]
+    return markdown(["updates", "student", *ONE_SEED], rows)
+
+
 # --------------------------------------------------------------------------------------------------
 # The command
 
@@ -395,7 +429,9 @@ PICTURES = {"students": lambda: student_curves(read("students"))}
 TABLES = {"main-job": lambda: main_job(read("main-job")),
           "slots": lambda: slot_table(read("students")),
           "students": lambda: student_table(read("students")),
-          "thresholds": lambda: threshold_table(read("students"))}
+          "thresholds": lambda: threshold_table(read("students")),
+          "blocks": lambda: block_table(read("students")),
+          "long": lambda: long_table(read("students"))}
 
 
 def with_tables(text):
