@@ -18,6 +18,7 @@ import dataclasses
 import json
 import time
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 
 import dlm  # before torch, for a setting that torch must find when it starts
@@ -251,12 +252,12 @@ def plot_quality(rows):
         labels = {"right": "share of stories that are right", "entropy": labels["entropy"]}
     for ax, (key, label) in zip(axes, labels.items()):
         for r, style in zip(rows[:2], (":", "--")):
-            ax.axhline(r[key], color="0.5", linestyle=style, label=r["what"])
+            ax.axhline(r.get(key, nan), color="0.5", linestyle=style, label=r["what"])
         lines = {}
         for r in rows[2:]:
             how = "threshold" if "threshold" in r else r["order"]
             name = r["what"].split(",")[0] + ", " + how
-            lines.setdefault(name, []).append((r["calls"], r[key]))
+            lines.setdefault(name, []).append((r["calls"], r.get(key, nan)))
         for (name, points), marker in zip(lines.items(), "os^vD<>ph*"):
             ax.plot(*zip(*points), "k-" + marker, markerfacecolor="none", label=name)
         ax.set(xlabel="network calls for a text", ylabel=label)
@@ -350,7 +351,9 @@ def let_write(name, model, teacher, judge, corpus, o, most):
     """The rows of a table: held-out text, the AR teacher, and a model by steps and thresholds."""
     ways = sample.ways_to_write(model.b, o.order, most=most)
     if isinstance(model, train_teacher.Pretrained):          # each takes a minute
-        ways = {"one token a step": {}, "two": {"steps": model.b // 2}, "sure": {"threshold": 0.9}}
+        ways = {"one token a step": {"order": "left"},
+                "two": {"order": o.order, "steps": max(1, model.b // 2)},
+                "threshold 0.7": {"order": "left", "threshold": 0.7}}
     entrants = [("AR teacher", teacher, {})]
     entrants += [(f"{name}, {way_name}", model, way) for way_name, way in ways.items()]
     return sample.compare(entrants, judge, corpus, o.judged if judge else 4 * o.judged)

@@ -270,7 +270,8 @@ def compare(entrants, judge, corpus, B, seed=0):
         texts = [corpus.tokenizer.decode(text) for text in x]
         if other_tokens:
             read = in_windows(texts, its_tokenizer, judge_model.L).to(x.device)
-            row["judge_nll"], row["judge_se"] = dlm.bound(judge_model, read)
+            if len(read) > 1:                                # it knew the characters
+                row["judge_nll"], row["judge_se"] = dlm.bound(judge_model, read)
         if corpus.name == "stories":
             row |= mark_stories(texts, train_text)
         rows.append({**row, "samples": texts[:4]})

