@@ -16,9 +16,9 @@ if __name__ == "__main__":  # torch takes a second to import: until run_script, 
 import copy
 import dataclasses
 import json
+import math
 import time
 from dataclasses import dataclass
-from math import nan
 from pathlib import Path
 
 import dlm  # before torch, for a setting that torch must find when it starts
@@ -101,7 +101,7 @@ class State:
     """One batch, (B, L) each: the student sees z behind x, and aims at what is said of y."""
     x: torch.Tensor             # the finished text left of each block
     y: torch.Tensor             # the text that the target is of
-    z: torch.Tensor             # y with tokens hidden
+    z: torch.Tensor             # y with tokens hidden, or a dlm.Noisy
     t: torch.Tensor = None      # time of each token's block
     rows: torch.Tensor = None   # which of the kept texts these are
 
@@ -115,7 +115,7 @@ def halves(o, b, teacher, earlier_self, kept):
 
     # States: what the student looks at.
     def data(student, x, rows):
-        return State(x, x, dlm.hide(x, b, V), rows=rows)
+        return State(x, x, dlm.states_of(student, x), rows=rows)
 
     def sampled(student, x, rows):
         # In a round of sdtt o.fewest are the student's steps a block, o.steps its earlier self's.
@@ -156,6 +156,9 @@ def choose_method(o):
     if o.divergence == "reverse" and o.target not in ("prefix", "later"):
         raise UserError("--divergence reverse: infinite where the target is one-hot; "
                         "use forward, tvd or mse")
+    if o.noise == "gaussian" and o.states not in ("data", "teacher"):
+        raise UserError(f"--noise gaussian: {o.method} works with masks; "
+                        "use plain, prefix, tcs or sequence")
     goes_with = {"sampled": ("later",), "rollout": ("prefix",)}
     if o.target not in goes_with.get(o.states, ("onehot", "prefix", *dlm.ESTIMATORS)):
         raise UserError(f"--states {o.states} --target {o.target}: do not go together; rollout "
@@ -199,6 +202,9 @@ class Distillation:
         self.texts = texts_for(o, teacher, corpus.parts["train"].to(device))
         held = train_teacher.consecutive(corpus.parts["val"], student.L, o.judged)
         self.held = held.to(device)
+        if dlm.is_continuous(student):          # where noise costs half of what the teacher lacks
+            nats = dlm.bound(teacher, self.held)[0]
+            student.noise[0] = math.log(student.c.D / 2 / nats)
         self.pretrained = isinstance(teacher, train_teacher.Pretrained)
         if o.states == "teacher":       # no text but the teacher's: it chooses the weights, too
             with dlm.seeded(o.seed + 1):
@@ -214,7 +220,10 @@ class Distillation:
         number = train_teacher.part_of_batch(self.o)
         rows = torch.randint(len(self.texts), (number,), device=self.held.device)
         s = self.states(student, self.texts[rows], rows)
-        return dlm.loss(student, s.x, s.z, self.target(s), self.o.divergence)
+        target = self.target(s)
+        if dlm.is_continuous(student):
+            target = dlm.seen_through(student, s.z, target)
+        return dlm.loss(student, s.x, s.z, target, self.o.divergence)
 
     @torch.no_grad()
     def validate(self, student):
@@ -226,6 +235,8 @@ class Distillation:
         """
         o = self.o
         steps = o.fewest if o.states == "sampled" else o.steps or student.b
+        if dlm.is_continuous(student):
+            steps = 16
         with dlm.seeded(0):
             number = max(1, o.judged // 4)
             given = sample.beginnings(self.held[:number], student.V) if self.pretrained else None
@@ -252,12 +263,12 @@ def plot_quality(rows):
         labels = {"right": "share of stories that are right", "entropy": labels["entropy"]}
     for ax, (key, label) in zip(axes, labels.items()):
         for r, style in zip(rows[:2], (":", "--")):
-            ax.axhline(r.get(key, nan), color="0.5", linestyle=style, label=r["what"])
+            ax.axhline(r.get(key, math.nan), color="0.5", linestyle=style, label=r["what"])
         lines = {}
         for r in rows[2:]:
-            how = "threshold" if "threshold" in r else r["order"]
+            how = "threshold" if "threshold" in r else r.get("order", "from noise")
             name = r["what"].split(",")[0] + ", " + how
-            lines.setdefault(name, []).append((r["calls"], r.get(key, nan)))
+            lines.setdefault(name, []).append((r["calls"], r.get(key, math.nan)))
         for (name, points), marker in zip(lines.items(), "os^vD<>ph*"):
             ax.plot(*zip(*points), "k-" + marker, markerfacecolor="none", label=name)
         ax.set(xlabel="network calls for a text", ylabel=label)
@@ -323,9 +334,19 @@ def make_student(o, teacher, tokenizer, device):
     if o.method == "sdtt":
         b = start.b
     torch.manual_seed(o.seed)
-    student = train_teacher.new_model(dataclasses.replace(start.c, b=b)).to(device)
+    c = dataclasses.replace(start.c, b=b)
+    if o.noise == "gaussian":
+        if isinstance(start, train_teacher.Pretrained):
+            raise UserError("--noise gaussian: with a pre-trained teacher only --noise mask works")
+        c.D = train_teacher.DIMENSIONS
+    if start.b > 1 and start.c.D != c.D or start.c.D and not c.D:
+        raise UserError(f"--student {o.student}: {'noise' if start.c.D else 'masks'} hid its "
+                        "tokens; --noise must be the same")
+    student = train_teacher.new_model(c).to(device)
     if o.student != "random":
         student.load_state_dict(start.state_dict(), strict=False)
+        if c.D and not start.c.D:
+            student.place(teacher.embedding.weight[:teacher.V].detach())
     return student
 
 
@@ -350,6 +371,8 @@ def run(o, ckpt=None):
 def let_write(name, model, teacher, judge, corpus, o, most):
     """The rows of a table: held-out text, the AR teacher, and a model by steps and thresholds."""
     ways = sample.ways_to_write(model.b, o.order, most=most)
+    if dlm.is_continuous(model):
+        ways = {f"{N} steps": {"steps": N} for N in (1, 4, 16, 64)}
     if isinstance(model, train_teacher.Pretrained):          # each takes a minute
         ways = {"one token a step": {"order": "left"},
                 "two": {"order": o.order, "steps": max(1, model.b // 2)},
@@ -364,7 +387,7 @@ def report(o, folder, trainer, teacher, judge, corpus, more):
     model = trainer.averaged()
     most = min(model.b, o.steps or model.b)
     rows = let_write("student", model, teacher, judge, corpus, o, most)
-    if model.L % model.b == 0:
+    if model.L % model.b == 0 and not dlm.is_continuous(model):
         held = train_teacher.consecutive(corpus.parts["test"], model.L, 64)
         held = held.to(model.embedding.weight.device)
         more["gap"] = dlm.inference_gap(model, teacher, held, most, o.order)

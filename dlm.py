@@ -42,6 +42,7 @@ class Config:
     n_head: int = 4
     n_embd: int = 128
     dropout: float = 0.0
+    D: int = 0          # dimensions of a noisy token (see `Continuous`); 0: tokens are hidden
 
 
 def clean_slots(L, b):
@@ -395,9 +396,14 @@ def loss(student, x, z, target, kind="forward"):
     target D is -log p_student(x_i | z), and with z = hide(x, b) the loss estimates without bias
     the bound on the negative log-likelihood; at b = 1 it is the AR model's exact one.
     """
-    hidden = z == student.V                                                   # (B, L)
+    hidden = hidden_in(z, student.V)                                          # (B, L)
     w = token_weights(hidden, student.b)[hidden]                              # (number hidden,)
     return (w * divergence(target, student(x, z), kind)[hidden]).sum() / len(x)
+
+
+def hidden_in(z, V):
+    """Which tokens of a state are asked about (B, L): hidden ones, or noisy ones (`Noisy`)."""
+    return z.hidden if isinstance(z, Noisy) else z == V
 
 
 def of_tokens(logp, x):
@@ -721,7 +727,12 @@ def sample(model, z, steps=0, order=None, threshold=0.0, noise=None, **warping):
     yield z.clone()
     for start in range(0, max(1, z.size(1) - seen), L - seen):
         window = slice(start, start + L)
-        for _ in fill(model, z[:, window], noise[:, window], steps, order, threshold, warping):
+        part = (model, z[:, window], noise[:, window], steps)
+        if is_continuous(model):
+            filling = fill_from_noise(*part, warping)
+        else:
+            filling = fill(*part, order, threshold, warping)
+        for _ in filling:
             yield z.clone()
 
 
@@ -810,6 +821,176 @@ def generate(model, B, steps=0, given=None, **way):
     for z in sample(model, z, steps, **way):
         pass
     return z
+
+
+# --------------------------------------------------------------------------------------------------
+# The continuous student: noise in the place of masks
+#
+# Token v is a point E_v. A noisy token is z_i = alpha E[x_i] + sigma eps, and gamma = log sigma²/
+# alpha² says how noisy. All points are equally long, so what the noise leaves of x_i is
+# softmax_v(alpha/sigma² z_i·E_v), whatever stands around it. So
+#
+#     p(x_i | x_!=i, z_i) = softmax_v( log c_i(v) + alpha/sigma² z_i·E_v ),
+#
+# with the concrete score c_i that a masked student has for its target. Endless noise is [MASK], no
+# noise is a visible token. We know of no public formula of this; tests enumerate it. Noise levels:
+# LangFlow (2604.11748).
+
+CLEAN = -15.0       # the gamma of visible tokens: sigma is .0006
+SELF = 0.5          # share of batches that are read by the student's own guess
+
+
+def rates(gamma):
+    """alpha and sigma, whose squares add up to 1, as two numbers on a last axis (.., 2)."""
+    return torch.stack([(-gamma).sigmoid(), gamma.sigmoid()], dim=-1).sqrt()
+
+
+@dataclass
+class Noisy:
+    """A state of noisy tokens."""
+    z: torch.Tensor         # (B, L, D)
+    gamma: torch.Tensor     # (B, L)
+    hidden: torch.Tensor    # (B, L), the tokens that are asked about; the others are CLEAN
+    guess: torch.Tensor     # (B, L, V), probabilities: what each token may be. The network reads it
+
+    def __getitem__(self, rows):
+        return Noisy(self.z[rows], self.gamma[rows], self.hidden[rows], self.guess[rows])
+
+
+class Continuous(Transformer):
+    """log p(x_i | the clean blocks left of i's block, the noisy tokens z of its own block).
+
+    model(x, z: Noisy) -> (B, L, V). The slots are those of the masked student. A noisy token is
+    read as the mean embedding of what it may be, by the noise alone or by an earlier guess ("self-
+    conditioning", 2208.04202). So near gamma = CLEAN it is the token's own embedding, and the
+    student begins as the AR model whose weights it has.
+    """
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.level = nn.Linear(2, c.n_embd, bias=False)      # tells the network alpha and sigma
+        nn.init.zeros_(self.level.weight)
+        self.register_buffer("E", torch.empty(c.V, c.D))
+        self.register_buffer("noise", torch.tensor([math.log(c.D / 4), 0.85]))      # mu, beta
+        self.place(torch.randn(c.V, c.D))
+
+    def place(self, W):
+        """Puts the tokens in the directions of W (V, d), brought to D dimensions, all √D long."""
+        if W.size(1) > self.c.D:
+            W = W - W.mean(0)
+            W = W @ torch.linalg.svd(W, full_matrices=False).Vh[:self.c.D].T
+        self.E.copy_(F.normalize(W, dim=-1) * self.c.D ** 0.5)
+
+    def forward(self, x, z):
+        return (super().forward(x, z) + self.channel(z)).log_softmax(-1)
+
+    def decode(self, x, z, start, stop, wanted, cache=None):
+        logp, cache = super().decode(x, z, start, stop, wanted, cache)
+        return (logp + self.channel(z)[wanted]).log_softmax(-1), cache
+
+    def channel(self, z):
+        """What the noise alone says of each token, not normalised: (B, L, V)."""
+        alpha, sigma = rates(z.gamma)[..., None].unbind(-2)                     # (B, L, 1)
+        return alpha / sigma ** 2 * (z.z @ self.E.T)
+
+    def noisy(self, x, z, window):
+        e = z.guess @ self.embedding.weight[:self.V] + self.level(rates(z.gamma))   # (B, T, d)
+        begins_block = (torch.arange(x.size(1), device=x.device) % self.b == 0)[window, None]
+        text = self.embedding(self.shift(x)[:, window])
+        before = torch.where(begins_block, text, F.pad(e[:, :-1], (0, 0, 1, 0)))
+        return before + self.own(e)
+
+    def with_noise(self, x, hidden, gamma):
+        """Texts x (B, L) with noise of level gamma (B, L) on the hidden tokens (B, L): a state."""
+        gamma = torch.where(hidden, gamma, CLEAN)
+        alpha, sigma = rates(gamma)[..., None].unbind(-2)
+        z = Noisy(alpha * self.E[x] + sigma * torch.randn_like(self.E[x]), gamma, hidden, None)
+        z.guess = self.channel(z).softmax(-1)
+        return z
+
+    def levels(self, u):
+        """Noise levels by uniforms u (..): mostly where the answer is neither plain nor hopeless.
+
+        What noise costs in nats goes as A exp(-exp(-(gamma - mu) / beta)), so its slope is the
+        density of a Gumbel distribution, whose quantiles these are.
+        """
+        mu, beta = self.noise
+        return mu - beta * (-u.clamp(1e-4, 1 - 1e-4).log()).log()
+
+
+def is_continuous(model):
+    return isinstance(getattr(model, "_orig_mod", model), Continuous)   # torch.compile wraps it
+
+
+def noisy_states(student, x):
+    """States to train on: one noise level a block. In every second text some tokens are visible."""
+    B, L = x.shape
+    n_blocks = -(-L // student.b)
+    u = stratified(B, n_blocks, x.device)
+    gamma = student.levels(u).repeat_interleave(student.b, dim=1)[:, :L]
+    some = hide(x, student.b, student.V) == student.V
+    every_second = (torch.arange(B, device=x.device) % 2 == 0)[:, None]
+    z = student.with_noise(x, some | every_second, gamma)
+    if torch.rand(()) < SELF:
+        with torch.no_grad():
+            z.guess = torch.where(z.hidden[..., None], student(x, z).exp(), z.guess)
+    return z
+
+
+def seen_through(student, z, target):
+    """What a target (B, L, V) for masked tokens becomes where something shines through the noise.
+
+    With c_i it is p_T(x_i | x_!=i, z_i), and its mean over the teacher's completions of z is
+    p_T(x_i | z). A one-hot target stays what it is.
+    """
+    return (target.log() + student.channel(z)).softmax(-1)
+
+
+def fit_levels(gamma, nats):
+    """mu, beta and A of the curve A exp(-exp(-(gamma - mu) / beta)) through points (n,)."""
+    A = 1.02 * nats.max()
+    y = (-(nats / A).clamp(1e-4, 1 - 1e-4).log()).log()        # = -(gamma - mu) / beta
+    slope = ((gamma - gamma.mean()) * (y - y.mean())).sum() / (gamma - gamma.mean()).square().sum()
+    beta = -1 / slope
+    return gamma.mean() + beta * y.mean(), beta, A
+
+
+def fill_from_noise(model, z, noise, steps, warping):
+    """`sample` within one context: fills z (B, L) in place, and yields after each step.
+
+    A block begins as noise. Each of `steps` steps (0: 16) asks what the tokens are, and moves them
+    towards the mean of that, to the next lower level ("DDIM", 2010.02502). The last draws. Until
+    then z shows what is likeliest.
+    """
+    cache = None
+    N = steps or 16
+    grid = model.levels(1 - torch.arange(N, device=z.device) / N)               # high to low
+    for start in range(0, z.size(1), model.b):
+        block = z[:, start:start + model.b]                                     # a view of z
+        hidden = block == model.V
+        if not hidden.any():
+            continue
+        known = block.masked_fill(hidden, 0)
+        state = model.with_noise(known, hidden, torch.full_like(noise[:, :1, 0], 20.0))
+        for step in range(N):
+            state.gamma = torch.where(hidden, grid[step], CLEAN)
+            stop = start + block.size(1)
+            logp, cache = model.decode(z, state, start, stop, torch.ones_like(hidden), cache)
+            logp = logp.view(*block.shape, -1)
+            likeliest = logp.argmax(-1)
+            if step < N - 1:
+                state.guess = torch.where(hidden[..., None], logp.exp(), state.guess)
+                mean = logp.exp() @ model.E                                     # (B, n, D)
+                alpha, sigma = rates(grid[step])
+                lower_alpha, lower_sigma = rates(grid[step + 1])
+                eps = (state.z - alpha * mean) / sigma
+                moved = lower_alpha * mean + lower_sigma * eps
+                state.z = torch.where(hidden[..., None], moved, state.z)
+            else:
+                u = noise[:, start:stop, 0]
+                likeliest = categorical(warp(logp, **warping), u)
+            block.copy_(torch.where(hidden, likeliest, block))
+            yield
 
 
 # --------------------------------------------------------------------------------------------------
@@ -981,9 +1162,10 @@ def counting(model):
 def bound(model, x, repeats=1, seed=0, neighbours=1):
     """Negative log-likelihood bound of texts x (n, L): mean and standard error, nats per token.
 
-    It is exact at b = 1. Each text is hidden `repeats` times; the seed makes these states the same
-    for all models with this b. neighbours: so many texts in a row are cut from one piece and
-    alike, so the error is computed over such pieces.
+    It is exact at b = 1. Of a `Continuous` model it is no bound, but the loss at its noise levels.
+    Each text is hidden `repeats` times; the seed makes these states the same for all models with
+    this b. neighbours: so many texts in a row are cut from one piece and alike, so the error is
+    computed over such pieces.
     """
     training = model.training
     model.eval()
@@ -991,12 +1173,17 @@ def bound(model, x, repeats=1, seed=0, neighbours=1):
     with seeded(seed):
         for rows in torch.arange(len(x), device=x.device).split(at_once(model)):
             for _ in range(repeats):
-                z = hide(x[rows], model.b, model.V)
+                z = states_of(model, x[rows])
                 each[rows] += text_bound(model, x[rows], z) / repeats
     model.train(training)
     alike = max(1, min(neighbours, len(each) // 2))                  # two pieces at the least
     pieces = torch.stack([piece.mean() for piece in each.split(alike)])
     return each.mean().item(), (pieces.std() / len(pieces) ** 0.5).item()
+
+
+def states_of(model, x):
+    """States such as plain diffusion trains on."""
+    return noisy_states(model, x) if is_continuous(model) else hide(x, model.b, model.V)
 
 
 def at_once(model):
@@ -1006,7 +1193,7 @@ def at_once(model):
 
 def text_bound(model, x, z):
     """One state's estimate of each text's bound (B,): `loss` with `one_hot`, text by text."""
-    hidden = z == model.V
+    hidden = hidden_in(z, model.V)
     nll = -of_tokens(model(x, z), x)                        # -log p(x_i | z)
     return (token_weights(hidden, model.b) * nll.where(hidden, 0)).sum(1)
 
@@ -1061,8 +1248,9 @@ def judge_sampling(model, B, judge, train_text, given=None, **way):
     calls = 0
     start = time.time()
     for z in sample(model, x, **way):
-        calls += (z != x).any(1).sum()
+        calls += B if is_continuous(model) else (z != x).any(1).sum()
         x = z
+    calls -= B if is_continuous(model) else 0                # the first state took none
     cost = {"calls": int(calls) / B, "seconds": time.time() - start}
     return {**way, **cost, **judge_samples(judge, x, train_text)}, x
 

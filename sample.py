@@ -109,8 +109,8 @@ def correct(model, x, doubt=6.0):
 
 
 def show_corrections(o, model, tokenizer):
-    if model.b == 1:
-        raise UserError("--correct: an AR model sees nothing of what follows a token; name a "
+    if model.b == 1 or dlm.is_continuous(model):
+        raise UserError("--correct: needs a model that sees what follows a token, and masks; name a "
                         "diffusion model with --checkpoint, best of b = L (distill.py --block 0)")
     x = tokenizer.encode(o.correct, "--correct").to(o.device)
     if not 2 <= len(x) <= model.L:
@@ -342,7 +342,10 @@ def bench(o):
     entrants = []
     for path, (model, its_tokenizer, _) in zip(paths, loaded):
         same_vocabulary(f"--bench {path}", its_tokenizer, model, paths[0], tokenizer, first)
-        for name, way in ways_to_write(model.b, o.order, o.steps, o.threshold).items():
+        ways = ways_to_write(model.b, o.order, o.steps, o.threshold)
+        if dlm.is_continuous(model):
+            ways = {f"{N} steps": {"steps": N} for N in ([o.steps] if o.steps else (1, 4, 16, 64))}
+        for name, way in ways.items():
             entrants.append((f"{Path(path).stem} {name}".strip(), model, {**way, **warping}))
     corpus = load_corpus(data, tokenizer, first.L)
     rows = compare(entrants, judge, corpus, o.texts, o.seed)
@@ -360,8 +363,11 @@ def main(argv):
     runs = Path("runs").glob("*/checkpoint.pt")
     path = Path(o.checkpoint or max(runs, key=os.path.getmtime, default=SHIPPED))
     model, tokenizer, ckpt = load(path, "--checkpoint", o.device)
-    if o.steps and not o.threshold:
+    if o.steps and not o.threshold and not dlm.is_continuous(model):
         o.order = o.order or ckpt["options"].get("order", "")
+    if dlm.is_continuous(model) and (o.order or o.threshold):
+        raise UserError(f"--{'order' if o.order else 'threshold'}: means nothing where tokens come "
+                        f"out of noise together, as in {path}; use --steps")
     if o.correct:
         return show_corrections(o, model, tokenizer)
     z = read_prompt(o, model, tokenizer).to(o.device)

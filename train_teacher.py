@@ -736,7 +736,9 @@ def count_weights(c):
     if isinstance(c, PretrainedConfig):
         with torch.device("meta"):                     # shapes, and no memory
             return sum(p.numel() for p in Pretrained(c).parameters())
-    return (2 * c.V + 1) * c.n_embd + (12 * c.n_layer + (c.b > 1)) * c.n_embd ** 2
+    of_noise = c.V * c.D + 2 + 2 * c.n_embd if c.D else 0
+    inside = (12 * c.n_layer + (c.b > 1)) * c.n_embd ** 2
+    return (2 * c.V + 1) * c.n_embd + inside + of_noise
 
 
 def new_model(c):
@@ -751,7 +753,9 @@ def new_model(c):
                             "memory; name a smaller one") from None
         raise UserError(f"--n_embd {c.n_embd}: training {c.n_layer} layers of this width takes "
                         f"{size / 1e9:.0f} GB of memory; lower --n_embd or --n_layer") from None
-    return Pretrained(c) if pretrained else dlm.Transformer(c)
+    if pretrained:
+        return Pretrained(c)
+    return dlm.Continuous(c) if c.D else dlm.Transformer(c)
 
 
 def load(path, option, device="cpu"):
@@ -914,6 +918,7 @@ def run_script(main, argv=None):
 # --------------------------------------------------------------------------------------------------
 # The script: train by the options into a folder, and report
 
+DIMENSIONS = 64   # of the points that stand for tokens, where noise is gaussian
 TEST_REPEATS = 8  # states for each held-out text in a reported bound; the training curve uses one
 
 
@@ -922,6 +927,8 @@ class RunOptions:
     """What every training run has."""
     data: str = option("docs", "docs, shakespeare, stories, or the path of a text file")
     tokenizer: str = option("bpe:512", "char, bpe (1024 tokens), bpe:SIZE or gpt2")
+    noise: str = option("mask", "a diffusion model's tokens are hidden by a mask, or by gaussian "
+                        "noise", ("mask", "gaussian"))
     parts: int = option(1, "parts of a batch, one after the other, to save memory", at_least=1)
     seed: int = option(0, "seed of weights, batches and masks")
     out: str = option("", "folder of the run; empty: runs/ and a name made of the options")
@@ -959,6 +966,7 @@ def options_of(ckpt):
 
 def run_name(o, what, block=""):
     """Such as ar-docs-bpe512-s0 or tcs-docs-bpe512-b4-s0."""
+    block += "-gaussian" if o.noise == "gaussian" else ""
     tokenizer = o.tokenizer.replace(":", "")
     return f"{what}-{Path(o.data).stem[:40]}-{tokenizer}{block}-s{o.seed}"
 
@@ -1053,6 +1061,8 @@ def report(o, folder, trainer, model, corpus, validated=None, **more):
                "test_nats_per_token": test, "test_se": se, "test_nats_per_char": per_char, **more}
     write_json(folder / "metrics.json", metrics)
     kind = "NLL" if model.b == 1 else "bound on the NLL"
+    if dlm.is_continuous(model):
+        kind = "loss at its noise levels"
     draw_history(trainer.history, validated or kind, folder)
     print(f"test, {kind}: {test:.3f} ± {se:.3f} nats per token, {per_char:.3f} per character; "
           f"trained in {trainer.seconds:.0f} s")
@@ -1080,13 +1090,16 @@ def train(o, ckpt=None):
     if ar != (b == 1) or o.block > b:
         raise UserError(f"--block {o.block}: ar has no blocks; mdlm wants 2 or more, or 0 for all")
     torch.manual_seed(o.seed)
-    c = dlm.Config(corpus.tokenizer.V, o.context, b, o.n_layer, o.n_head, o.n_embd, o.dropout)
+    D = DIMENSIONS if o.noise == "gaussian" else 0
+    if D and ar:
+        raise UserError("--noise gaussian: an AR model's tokens are not hidden; use mdlm")
+    c = dlm.Config(corpus.tokenizer.V, o.context, b, o.n_layer, o.n_head, o.n_embd, o.dropout, D)
     model = new_model(c).to(device)
     ids = corpus.parts["train"].to(device)
 
     def batch_loss(student):
         x = windows(ids, part_of_batch(o), o.context)
-        z = dlm.hide(x, b, model.V)
+        z = dlm.states_of(student, x)
         return dlm.loss(student, x, z, dlm.one_hot(x, model.V))
 
     trainer = fit(o, folder, model, corpus, batch_loss, ckpt)
@@ -1097,7 +1110,7 @@ def train(o, ckpt=None):
 def ar_model(o, seed, role, like):
     """The folder of the AR model of this seed: found, completed, or trained by options `like`."""
     new = dataclasses.replace(like, data=o.data, seed=seed, device=o.device, out="", resume="",
-                              overwrite=False)
+                              overwrite=False, noise="mask")
     folder = Path("runs") / run_name(new, "ar")
     if not (folder / "checkpoint.pt").exists():
         print(f"no {role} in {folder} yet, so it is trained first")
