@@ -334,12 +334,11 @@ def make_student(o, teacher, tokenizer, device):
     if o.method == "sdtt":
         b = start.b
     torch.manual_seed(o.seed)
-    c = dataclasses.replace(start.c, b=b)
-    if o.noise == "gaussian":
-        if isinstance(start, train_teacher.Pretrained):
-            raise UserError("--noise gaussian: with a pre-trained teacher only --noise mask works")
-        c.D = train_teacher.DIMENSIONS
-    if start.b > 1 and start.c.D != c.D or start.c.D and not c.D:
+    D = train_teacher.DIMENSIONS if o.noise == "gaussian" else 0
+    c = dataclasses.replace(start.c, b=b, D=D)
+    if D and isinstance(start, train_teacher.Pretrained):
+        raise UserError("--noise gaussian: with a pre-trained teacher only --noise mask works")
+    if start.b > 1 and start.c.D != D:
         raise UserError(f"--student {o.student}: {'noise' if start.c.D else 'masks'} hid its "
                         "tokens; --noise must be the same")
     student = train_teacher.new_model(c).to(device)

@@ -879,6 +879,7 @@ class Continuous(Transformer):
         if W.size(1) > self.c.D:
             W = W - W.mean(0)
             W = W @ torch.linalg.svd(W, full_matrices=False).Vh[:self.c.D].T
+        W = F.pad(W, (0, self.c.D - W.size(1)))
         self.E.copy_(F.normalize(W, dim=-1) * self.c.D ** 0.5)
 
     def forward(self, x, z):
@@ -902,7 +903,7 @@ class Continuous(Transformer):
 
     def with_noise(self, x, hidden, gamma):
         """Texts x (B, L) with noise of level gamma (B, L) on the hidden tokens (B, L): a state."""
-        gamma = torch.where(hidden, gamma, CLEAN)
+        gamma = torch.where(hidden, gamma.to(self.E), CLEAN)
         alpha, sigma = rates(gamma)[..., None].unbind(-2)
         z = Noisy(alpha * self.E[x] + sigma * torch.randn_like(self.E[x]), gamma, hidden, None)
         z.guess = self.channel(z).softmax(-1)
@@ -915,7 +916,8 @@ class Continuous(Transformer):
         density of a Gumbel distribution, whose quantiles these are.
         """
         mu, beta = self.noise
-        return mu - beta * (-u.clamp(1e-4, 1 - 1e-4).log()).log()
+        u = u.to(mu).clamp(1e-4, 1 - 1e-4)
+        return mu - beta * (-u.log()).log()
 
 
 def is_continuous(model):
@@ -946,13 +948,18 @@ def seen_through(student, z, target):
     return (target.log() + student.channel(z)).softmax(-1)
 
 
-def fit_levels(gamma, nats):
-    """mu, beta and A of the curve A exp(-exp(-(gamma - mu) / beta)) through points (n,)."""
-    A = 1.02 * nats.max()
-    y = (-(nats / A).clamp(1e-4, 1 - 1e-4).log()).log()        # = -(gamma - mu) / beta
+def fit_levels(gamma, nats, A):
+    """mu and beta of the curve A exp(-exp(-(gamma - mu) / beta)) through points (n,).
+
+    A: what is lost where noise leaves nothing. Points where nearly that or nearly nothing is lost
+    do not count.
+    """
+    steep = (nats > 0.02 * A) & (nats < 0.98 * A)
+    gamma, nats = gamma[steep], nats[steep]
+    y = (-(nats / A).log()).log()                              # = -(gamma - mu) / beta
     slope = ((gamma - gamma.mean()) * (y - y.mean())).sum() / (gamma - gamma.mean()).square().sum()
     beta = -1 / slope
-    return gamma.mean() + beta * y.mean(), beta, A
+    return gamma.mean() + beta * y.mean(), beta
 
 
 def fill_from_noise(model, z, noise, steps, warping):

@@ -778,7 +778,7 @@ def load(path, option, device="cpu"):
         options_of(ckpt)  # fails where there are none
         model = new_model(c).to(device).eval()
         model.load_state_dict(ckpt["weights"])
-        model(*torch.zeros(2, 1, c.L, dtype=torch.long, device=device))
+        dlm.bound(model, torch.zeros(2, c.L, dtype=torch.long, device=device))
     except OSError as e:
         raise UserError(f"{option} {path}: there is no such checkpoint ({e.strerror}); "
                         "train one with train_teacher.py or distill.py") from None
