@@ -627,7 +627,7 @@ def where_pretrained(name):
 
 
 def is_pretrained(name):
-    return name == "smollm2" or name.startswith("hf:") or Path(name, "config.json").is_file()
+    return name == "smollm2" or name.startswith("hf:") or os.path.isfile(f"{name}/config.json")
 
 
 @torch.no_grad()
