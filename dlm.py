@@ -837,7 +837,6 @@ def generate(model, B, steps=0, given=None, **way):
 # LangFlow (2604.11748).
 
 CLEAN = -15.0       # the gamma of visible tokens: sigma is .0006
-SELF = 0.5          # share of batches that are read by the student's own guess
 
 
 def rates(gamma):
@@ -861,9 +860,10 @@ class Continuous(Transformer):
     """log p(x_i | the clean blocks left of i's block, the noisy tokens z of its own block).
 
     model(x, z: Noisy) -> (B, L, V). The slots are those of the masked student. A noisy token is
-    read as the mean embedding of what it may be, by the noise alone or by an earlier guess ("self-
-    conditioning", 2208.04202). So near gamma = CLEAN it is the token's own embedding, and the
-    student begins as the AR model whose weights it has.
+    read as the mean embedding of what it may be: by the noise alone in training, by the last step's
+    guess in the sampler. (To train on guesses too, "self-conditioning", 2208.04202, was worse.) So
+    near gamma = CLEAN it is the token's own embedding, and the student begins as the AR model whose
+    weights it has.
     """
 
     def __init__(self, c):
@@ -932,11 +932,7 @@ def noisy_states(student, x):
     gamma = student.levels(u).repeat_interleave(student.b, dim=1)[:, :L]
     some = hide(x, student.b, student.V) == student.V
     every_second = (torch.arange(B, device=x.device) % 2 == 0)[:, None]
-    z = student.with_noise(x, some | every_second, gamma)
-    if torch.rand(()) < SELF:
-        with torch.no_grad():
-            z.guess = torch.where(z.hidden[..., None], student(x, z).exp(), z.guess)
-    return z
+    return student.with_noise(x, some | every_second, gamma)
 
 
 def seen_through(student, z, target):
@@ -984,20 +980,24 @@ def fill_from_noise(model, z, noise, steps, warping):
             stop = start + block.size(1)
             logp, cache = model.decode(z, state, start, stop, torch.ones_like(hidden), cache)
             logp = logp.view(*block.shape, -1)
-            likeliest = logp.argmax(-1)
             if step < N - 1:
-                state.guess = torch.where(hidden[..., None], logp.exp(), state.guess)
-                mean = logp.exp() @ model.E                                     # (B, n, D)
-                alpha, sigma = rates(grid[step])
-                lower_alpha, lower_sigma = rates(grid[step + 1])
-                eps = (state.z - alpha * mean) / sigma
-                moved = lower_alpha * mean + lower_sigma * eps
-                state.z = torch.where(hidden[..., None], moved, state.z)
+                said = logp.argmax(-1)
+                less_noise(state, logp.exp(), model.E, grid[step], grid[step + 1])
             else:
-                u = noise[:, start:stop, 0]
-                likeliest = categorical(warp(logp, **warping), u)
-            block.copy_(torch.where(hidden, likeliest, block))
+                said = categorical(warp(logp, **warping), noise[:, start:stop, 0])
+            block.copy_(torch.where(hidden, said, block))
             yield
+
+
+def less_noise(state, guess, E, gamma, lower):
+    """Moves the hidden tokens of a state to a lower noise level, towards the mean of the guess."""
+    hidden = state.hidden[..., None]
+    alpha, sigma = rates(gamma)
+    lower_alpha, lower_sigma = rates(lower)
+    mean = guess @ E                                                            # (B, n, D)
+    eps = (state.z - alpha * mean) / sigma
+    state.z = torch.where(hidden, lower_alpha * mean + lower_sigma * eps, state.z)
+    state.guess = torch.where(hidden, guess, state.guess)
 
 
 # --------------------------------------------------------------------------------------------------

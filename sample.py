@@ -110,8 +110,8 @@ def correct(model, x, doubt=6.0):
 
 def show_corrections(o, model, tokenizer):
     if model.b == 1 or dlm.is_continuous(model):
-        raise UserError("--correct: needs a model that sees what follows a token, and masks; name a "
-                        "diffusion model with --checkpoint, best of b = L (distill.py --block 0)")
+        raise UserError("--correct: needs masks, and a model that sees what follows a token; name "
+                        "a diffusion model with --checkpoint, best of b = L (distill.py --block 0)")
     x = tokenizer.encode(o.correct, "--correct").to(o.device)
     if not 2 <= len(x) <= model.L:
         raise UserError(f"--correct: {len(x)} tokens; give 2 to {model.L}, the model's context")
@@ -255,44 +255,43 @@ def compare(entrants, judge, corpus, B, seed=0):
     is held-out text. judge: a model with its tokenizer, as `load` gives them; None for stories,
     since each of them is right or wrong.
     """
-    train_ids = corpus.parts["train"]
-    train_text = corpus.tokenizer.decode(train_ids)
     model = entrants[0][1]
     held_out = consecutive(corpus.parts["test"], model.L, B).to(model.embedding.weight.device)
     given, begin = None, 0
-    if isinstance(model, Pretrained):     # it has read of everything, and must be told what to write
+    if isinstance(model, Pretrained):     # it has read of everything: say what to write about
         given, begin = beginnings(held_out.repeat(B, 1)[:B], model.V), model.L // 4
-    ends = passages(corpus, 256 if B >= 256 else B)
-    judge_model, its_tokenizer = judge[:2] if judge else (None, None)
-    other_tokens = judge and its_tokenizer.state() != corpus.tokenizer.state()
+    ends = passages(corpus, min(B, 256))
+    rows = []
 
-    def finish(row, x):
-        texts = [corpus.tokenizer.decode(text) for text in x]
-        if other_tokens:
-            read = in_windows(texts, its_tokenizer, judge_model.L).to(x.device)
-            if len(read) > 1:                                # it knew the characters
-                row["judge_nll"], row["judge_se"] = dlm.bound(judge_model, read)
-        if corpus.name == "stories":
-            row |= mark_stories(texts, train_text)
-        rows.append({**row, "samples": texts[:4]})
+    def finish(what, row, x):
+        rows.append({"what": what, **row, **marks(x[:, begin:], judge, corpus)})
         print_rows(rows[-1:], header=f"{B} texts" if len(rows) == 1 else None)
 
-    rows = []
-    reader = None if other_tokens else judge_model
-    held_out = held_out[:, begin:]
-    finish({"what": "held-out text", **dlm.judge_samples(reader, held_out, train_ids)}, held_out)
+    finish("held-out text", {}, held_out)
     for what, model, way in entrants:
         with dlm.seeded(seed):
-            row, x = dlm.judge_sampling(model, B, reader, train_ids, given, **way)
+            row, x = dlm.judge_sampling(model, B, None, corpus.parts["train"], given, **way)
             if judge:
                 row["last_word"] = last_word_accuracy(model, ends, corpus.tokenizer, **way)
         for size in (1,) if begin else (1, 32):              # 32 would take a minute
             row[f"seconds_{size}"] = timed(lambda: dlm.generate(model, size, **way).cpu())
-        x = x[:, begin:]
-        if begin:
-            row |= dlm.judge_samples(reader, x, train_ids)   # of what it wrote itself
-        finish({"what": what, **row}, x)
+        finish(what, row, x)
     return rows
+
+
+def marks(x, judge, corpus):
+    """What is said of texts x (B, L): by the judge, in its own tokens, and by the corpus."""
+    train_ids = corpus.parts["train"]
+    texts = [corpus.tokenizer.decode(text) for text in x]
+    same_tokens = judge and judge[1].state() == corpus.tokenizer.state()
+    row = dlm.judge_samples(judge[0] if same_tokens else None, x, train_ids)
+    if judge and not same_tokens:
+        read = in_windows(texts, judge[1], judge[0].L).to(x.device)
+        if len(read) > 1:                                    # it knew the characters
+            row["judge_nll"], row["judge_se"] = dlm.bound(judge[0], read)
+    if corpus.name == "stories":
+        row |= mark_stories(texts, corpus.tokenizer.decode(train_ids))
+    return {**row, "samples": texts[:4]}
 
 
 def beginnings(x, V):
@@ -329,14 +328,8 @@ def bench(o):
     loaded = [load(path, "--bench", o.device) for path in paths]
     first, tokenizer, ckpt = loaded[0]
     data = ckpt["options"]["data"]
-    judge = load(o.judge, "--judge", o.device) if o.judge else None
-    if judge:
-        if judge[0].b != 1:
-            raise UserError(f"--judge {o.judge}: a diffusion model; name an AR one")
-        if tokenizer.kind != "pretrained":
-            same_vocabulary(f"--bench {paths[0]}", tokenizer, first,
-                            f"--judge {o.judge}", judge[1], judge[0])
-    elif data != "stories":
+    judge = load_judge(o, first, tokenizer)
+    if not judge and data != "stories":
         raise UserError("--bench: wants a judge; name an AR run with --judge")
     warping = {"temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p}
     entrants = []
@@ -350,6 +343,19 @@ def bench(o):
     corpus = load_corpus(data, tokenizer, first.L)
     rows = compare(entrants, judge, corpus, o.texts, o.seed)
     write_json(f"{o.out}/bench.json", {"options": vars(o), "versions": versions(), "rows": rows})
+
+
+def load_judge(o, model, tokenizer):
+    """The judge as `load` gives it, or None. It reads what the models read, or their text."""
+    if not o.judge:
+        return None
+    judge = load(o.judge, "--judge", o.device)
+    if judge[0].b != 1:
+        raise UserError(f"--judge {o.judge}: a diffusion model; name an AR one")
+    if tokenizer.kind != "pretrained":
+        same_vocabulary(f"--bench {o.bench}", tokenizer, model,
+                        f"--judge {o.judge}", judge[1], judge[0])
+    return judge
 
 
 def main(argv):

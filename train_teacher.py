@@ -632,7 +632,7 @@ def is_pretrained(name):
 
 @torch.no_grad()
 def import_pretrained(name, L):
-    """A pre-trained model as an AR checkpoint -> its folder; made once. The hub is asked for hf:."""
+    """A pre-trained model as an AR checkpoint -> its folder; made once. hf: asks the hub."""
     if name == "smollm2" or name.startswith("hf:"):
         short = name.removeprefix("hf:").replace("/", "-")
     else:
@@ -640,41 +640,59 @@ def import_pretrained(name, L):
     folder = Path(f"runs/{short}-{L}")
     if (folder / "checkpoint.pt").exists():
         return folder
-    transformers = extra("transformers")
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    source, how = where_pretrained(name)
+    extra("transformers")
     print(f"{name} becomes {folder}, once: this takes a minute", flush=True)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **how)
-        whole = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, attn_implementation="sdpa", **how).eval()
-    except Exception as e:      # what can go wrong between here and a hub has no end
-        reason = " ".join(str(e).split())[:200]
-        raise UserError(f"--teacher {name}: cannot be loaded as a causal language model: "
-                        f"{type(e).__name__}: {reason}") from None
-    begins = [tokenizer.bos_token_id, tokenizer.eos_token_id]   # in a chat with who speaks, so:
-    begins.insert(0, tokenizer.get_vocab().get("<|endoftext|>"))       # what stood between texts
-    bos = next(token for token in begins if token is not None)
-    hf = json.loads(whole.config.to_json_string())
-    hf.pop("quantization_config", None)                      # it has been undone
+    tokenizer, whole = load_pretrained(name)
     longest = getattr(whole.config, "max_position_embeddings", L)
     if L > longest:
         raise UserError(f"--context {L}: {name} was made for {longest}; lower it")
+    hf = json.loads(whole.config.to_json_string())
+    hf.pop("quantization_config", None)                      # it has been undone
     V = whole.get_input_embeddings().num_embeddings
+    c = PretrainedConfig(V, L, 1, bos=begin_of_text(tokenizer), hf=hf)
     x = torch.arange(1, 9)[None] % V
-    said = whole(input_ids=torch.cat([x.new_full((1, 1), bos), x[:, :-1]], 1)).logits
-    model = Pretrained(PretrainedConfig(V, L, 1, bos=bos, hf=hf), whole).eval()
-    e = model.embedding(model.shift(x))
-    sees = model.run(e, torch.arange(8), None)
-    e[:, -1] = 0
-    causal = (model(x, x) - said.log_softmax(-1)).abs().max() < 1e-3
-    if not causal or torch.equal(sees[:, 0], model.run(e, torch.arange(8), None)[:, 0]):
+    said = whole(input_ids=F.pad(x[:, :-1], (1, 0), value=c.bos)).logits.log_softmax(-1)
+    model = Pretrained(c, whole).eval()
+    if not takes_masks(model, x, said):
         raise UserError(f"--teacher {name}: this architecture does not take our attention mask; "
                         "GPT-2, Llama, Mistral, Qwen2, Qwen3, GPT-NeoX, OPT and Phi do")
     its_tokenizer = Tokenizer("pretrained", [tokenizer.backend_tokenizer.to_str()])
     save(folder / "checkpoint.pt", model, its_tokenizer, vars(Options(context=L)))
     return folder
+
+
+def load_pretrained(name):
+    """The tokenizer and the model, as `transformers` has them."""
+    transformers = extra("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    source, how = where_pretrained(name)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **how)
+        whole = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, attn_implementation="sdpa", **how)
+    except Exception as e:      # what can go wrong between here and a hub has no end
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"--teacher {name}: cannot be loaded as a causal language model: "
+                        f"{type(e).__name__}: {reason}") from None
+    return tokenizer, whole.eval()
+
+
+def begin_of_text(tokenizer):
+    """What stood between texts. Where there is no such token: the one that begins a chat."""
+    tokens = [tokenizer.get_vocab().get("<|endoftext|>"), tokenizer.bos_token_id,
+              tokenizer.eos_token_id]
+    return next(token for token in tokens if token is not None)
+
+
+def takes_masks(model, x, said):
+    """Whether it says of a text x (1, 8) what it said before, and sees the end without a mask."""
+    position = torch.arange(8)
+    e = model.embedding(model.shift(x))
+    before = model.run(e, position, None)[:, 0]
+    e[:, -1] = 0
+    sees_the_end = not torch.equal(model.run(e, position, None)[:, 0], before)
+    return sees_the_end and (model(x, x) - said).abs().max() < 1e-3
 
 
 # --------------------------------------------------------------------------------------------------

@@ -423,15 +423,82 @@ def long_table(kept):
 
 
 # --------------------------------------------------------------------------------------------------
+# A pre-trained teacher, and the continuous student
+
+TEXTS = ("docs", "tinyshakespeare", "RESULTS")
+
+
+def per_char(run):
+    """The bound on each of TEXTS, in nats a character."""
+    return [run["docs"], *(run["unseen"][text]["nats_per_char"] for text in TEXTS[1:])]
+
+
+def pretrained_table(kept):
+    """SmolLM2 opened to blocks of four: what its students say of texts, and how they go on."""
+    first = kept["runs"][0]
+    ar = [first["teacher_docs"], *(first["unseen"][text]["teacher"] for text in TEXTS[1:])]
+    judge = f"{first['table'][1]['judge_nll']:.2f}"
+    rows = [["the AR model itself", *(f"{nats:.2f}" for nats in ar), judge, "", ""]]
+    untrained = [kept["untrained"]["mean"][text] for text in TEXTS]
+    rows.append(["opened, untrained", *(f"{nats:.2f}" for nats in untrained), "", "", ""])
+    for name, label in {"plain": "plain", "prefix": "prefix", "tcs": "TCS", "opdlm": "OPDLM"}.items():
+        runs = chosen(kept["runs"], method=name)
+        bounds = [stated(runs, lambda run: (per_char(run)[i], 0), 3) for i in range(3)]
+        quality = [stated(runs, lambda run: judged(run["table"][row])) for row in (2, 3)]
+        rows.append([label, *bounds, *quality, str(len(runs))])
+    head = ["", "`docs`", "Shakespeare", "RESULTS.md", "1 a step", "2 a step", "seeds"]
+    return markdown(head, rows)
+
+
+def loss_by_noise(kept):
+    """What noise of each level costs: the student, the noise alone, and the fitted curve."""
+    import torch
+
+    import dlm
+    run = chosen(kept["runs"], data="docs", method="plain", lr=0.002, self=0)[0]
+    gamma, student, channel = torch.tensor(run["curve"]).unbind(1)
+    A = student[-1]
+    mu, beta = dlm.fit_levels(gamma, student, A)
+    fine = torch.linspace(gamma[0], gamma[-1], 200)
+    fig, ax = plt.subplots(figsize=(6, 3.6))
+    ax.plot(gamma, channel, "k^:", markerfacecolor="none", label="what the noise leaves, alone")
+    ax.plot(gamma, student, "ko", label="the student")
+    for m, b, style, label in ((mu, beta, "k-", f"fitted: mu {mu:.2f}, beta {beta:.2f}"),
+                               (run["mu"], 0.85, "k--", f"first guess: {run['mu']:.2f}, .85")):
+        ax.plot(fine, A * (-(-(fine - m) / b).exp()).exp(), style, label=label)
+    ax.set(xlabel="noise level gamma", ylabel="nats per token", xlim=(-2, 8))
+    ax.legend(fontsize=8)
+    fig.tight_layout()
+    return fig
+
+
+def continuous_table(kept):
+    """What the continuous student writes, by steps a block."""
+    rows = []
+    for run in kept["runs"]:
+        row = [f"`{run['data']}`", run["what"], f"{run['lr']:g}"]
+        for steps in ("1", "4", "16", "64"):
+            r = run["rows"].get(steps)
+            form = "{right:.1%}" if r and "right" in r else "{judge_nll:.2f}"
+            row.append(form.format(**r) if r else "")
+        rows.append([*row, f"{run['rows']['16']['entropy']:.2f}"])
+    head = ["", "student", "rate", "1 step", "4", "16", "64", "entropy at 16"]
+    return markdown(head, rows)
+
+
+# --------------------------------------------------------------------------------------------------
 # The command
 
-PICTURES = {"students": lambda: student_curves(read("students"))}
+PICTURES = {"students": lambda: student_curves(read("students")),
+            "noise-levels": lambda: loss_by_noise(read("continuous"))}
 TABLES = {"main-job": lambda: main_job(read("main-job")),
           "slots": lambda: slot_table(read("students")),
           "students": lambda: student_table(read("students")),
           "thresholds": lambda: threshold_table(read("students")),
           "blocks": lambda: block_table(read("students")),
-          "long": lambda: long_table(read("students"))}
+          "long": lambda: long_table(read("students")),
+          "pretrained": lambda: pretrained_table(read("pretrained")),
+          "continuous": lambda: continuous_table(read("continuous"))}
 
 
 def with_tables(text):
