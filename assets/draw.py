@@ -474,15 +474,23 @@ def loss_by_noise(kept):
 
 def continuous_table(kept):
     """What the continuous student writes, by steps a block."""
-    rows = []
+    ways = []
     for run in kept["runs"]:
-        row = [f"`{run['data']}`", run["what"], f"{run['lr']:g}"]
+        way = {key: run[key] for key in ("data", "what", "lr")}
+        if way not in ways:
+            ways.append(way)
+    rows = []
+    for way in ways:
+        runs = chosen(kept["runs"], **way)
+        quality = []
         for steps in ("1", "4", "16", "64"):
-            r = run["rows"].get(steps)
-            form = "{right:.1%}" if r and "right" in r else "{judge_nll:.2f}"
-            row.append(form.format(**r) if r else "")
-        rows.append([*row, f"{run['rows']['16']['entropy']:.2f}"])
-    head = ["", "student", "rate", "1 step", "4", "16", "64", "entropy at 16"]
+            there = [run for run in runs if steps in run["rows"]]
+            quality.append(said(way["data"], there, lambda run: marked(run["rows"][steps]))
+                           if there else "")
+        entropy = mean_of(runs, lambda run: (run["rows"]["16"]["entropy"], 0))[0]
+        rows.append([f"`{way['data']}`", way["what"], f"{way['lr']:g}", *quality,
+                     f"{entropy:.2f}", str(len(runs))])
+    head = ["", "student", "rate", "1 step", "4", "16", "64", "entropy at 16", "seeds"]
     return markdown(head, rows)
 
 
