@@ -498,7 +498,7 @@ def continuous_table(kept):
 # The command
 
 PICTURES = {"students": lambda: student_curves(read("students")),
-            "noise-levels": lambda: loss_by_noise(read("continuous"))}
+            "levels": lambda: loss_by_noise(read("continuous"))}
 TABLES = {"main-job": lambda: main_job(read("main-job")),
           "slots": lambda: slot_table(read("students")),
           "students": lambda: student_table(read("students")),
