@@ -371,7 +371,7 @@ def let_write(name, model, teacher, judge, corpus, o, most):
     """The rows of a table: held-out text, the AR teacher, and a model by steps and thresholds."""
     ways = sample.ways_to_write(model.b, o.order, most=most)
     if dlm.is_continuous(model):
-        ways = {f"{N} steps": {"steps": N} for N in (1, 4, 16, 64)}
+        ways = sample.ways_from_noise()
     if isinstance(model, train_teacher.Pretrained):          # each takes a minute
         ways = {"one token a step": {"order": "left"},
                 "two": {"order": o.order, "steps": max(1, model.b // 2)},

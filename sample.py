@@ -248,6 +248,11 @@ def ways_to_write(b, order="", steps=0, threshold=0.0, most=0):
     return {" ".join(f"{key} {value}" for key, value in way.items()): way for way in ways}
 
 
+def ways_from_noise(steps=0):
+    """The same for a continuous student, which knows no order and no threshold."""
+    return {f"{N} steps": {"steps": N} for N in ([steps] if steps else (1, 4, 16, 64))}
+
+
 def compare(entrants, judge, corpus, B, seed=0):
     """Lets each (name, model, way) write B texts, and prints a table row by row -> its rows.
 
@@ -337,7 +342,7 @@ def bench(o):
         same_vocabulary(f"--bench {path}", its_tokenizer, model, paths[0], tokenizer, first)
         ways = ways_to_write(model.b, o.order, o.steps, o.threshold)
         if dlm.is_continuous(model):
-            ways = {f"{N} steps": {"steps": N} for N in ([o.steps] if o.steps else (1, 4, 16, 64))}
+            ways = ways_from_noise(o.steps)
         for name, way in ways.items():
             entrants.append((f"{Path(path).stem} {name}".strip(), model, {**way, **warping}))
     corpus = load_corpus(data, tokenizer, first.L)

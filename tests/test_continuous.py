@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import dlm
 from dlm import CLEAN, Config, Continuous, HiddenMarkov, Noisy, Transformer, rates
 from test_scripts import ONE, TCS, TEXT, TRAIN, call, home, metrics, refused, texts, world  # noqa: F401
-from test_scripts import end, same
+from test_scripts import end, same, stop_at_7
 
 V = L = 3
 TEXTS = torch.tensor(list(itertools.product(range(V), repeat=L)))               # (27, L)
@@ -263,18 +263,10 @@ def test_a_denoiser_of_its_own_is_trained_and_distilled_further(call):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(call, monkeypatch):
-    import train_teacher
     argv = f"{TEXT} --method tcs --block 4 --updates 10 --batch_size 8 {GAUSS} --texts 16"
     assert call("distill", f"{argv} --out whole")[0] == 0
-    update = train_teacher.Trainer.update
-
-    def stop_at_7(trainer, batch_loss):
-        if trainer.done == 7:
-            raise KeyboardInterrupt
-        return update(trainer, batch_loss)
-
     with monkeypatch.context() as m:
-        m.setattr(train_teacher.Trainer, "update", stop_at_7)
+        stop_at_7(m)
         assert call("distill", f"{argv} --out part")[0] == 130
     assert call("distill", "--resume part")[0] == 0
     assert same(end("whole"), end("part"))

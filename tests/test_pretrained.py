@@ -17,7 +17,7 @@ import distill
 import dlm
 import test_math as laws
 import train_teacher
-from test_scripts import TEXT, call, files, home, metrics, refused, texts, world  # noqa: F401
+from test_scripts import TEXT, call, files, home, metrics, refused, stop_at_7, texts, world  # noqa
 from train_teacher import Options, Pretrained, PretrainedConfig
 
 transformers = pytest.importorskip("transformers")
@@ -223,15 +223,8 @@ def test_weights_are_those_of_the_folder(saved, home):
 def test_a_resumed_run_equals_an_uninterrupted_one(run, call, monkeypatch):
     argv = "--method opdlm --block 4 --updates 12"
     assert run(f"{argv} --out whole")[0] == 0
-    update = train_teacher.Trainer.update
-
-    def stop_at_7(trainer, batch_loss):
-        if trainer.done == 7:
-            raise KeyboardInterrupt
-        return update(trainer, batch_loss)
-
     with monkeypatch.context() as m:
-        m.setattr(train_teacher.Trainer, "update", stop_at_7)
+        stop_at_7(m)
         assert run(f"{argv} --out part")[0] == 130
     assert call("distill", "--resume part")[0] == 0
     whole, part = (torch.load(f"{name}/checkpoint.pt", weights_only=True)["weights"]

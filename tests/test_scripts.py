@@ -187,6 +187,18 @@ def no_training(monkeypatch):
                         lambda *_: pytest.fail("trained before it looked"))
 
 
+def stop_at_7(monkeypatch):
+    """Ctrl-C in a training, before its eighth update."""
+    update = train_teacher.Trainer.update
+
+    def stopping(trainer, batch_loss):
+        if trainer.done == 7:
+            raise KeyboardInterrupt
+        return update(trainer, batch_loss)
+
+    monkeypatch.setattr(train_teacher.Trainer, "update", stopping)
+
+
 def start(script, argv, **how):
     return subprocess.Popen([sys.executable, str(ROOT / script), *argv.split()], text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"}, **how)
