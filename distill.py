@@ -85,8 +85,7 @@ class Options(train_teacher.RunOptions):
     judged: int = option(256, "texts a row of the table, and held-out texts that choose the "
                          "weights", at_least=4)
     unseen: str = option("", "other text files, with commas: their bound is reported, too")
-    order: str = option("spread", "order of writing: in rollouts, in the table, in sample.py",
-                        dlm.ORDERS[1:])
+    order: str = option("spread", "order in which rollouts are written", dlm.ORDERS[1:])
     steps: int = option(0, "steps a block of rollouts and of sdtt's first teacher; 0: one a token",
                         at_least=0)
     fewest: int = option(1, "sdtt: steps a block of the last student", at_least=1)
@@ -369,12 +368,12 @@ def run(o, ckpt=None):
 
 def let_write(name, model, teacher, judge, corpus, o, most):
     """The rows of a table: held-out text, the AR teacher, and a model by steps and thresholds."""
-    ways = sample.ways_to_write(model.b, o.order, most=most)
+    ways = sample.ways_to_write(model.b, "left", most=most)
     if dlm.is_continuous(model):
         ways = sample.ways_from_noise()
     if isinstance(model, train_teacher.Pretrained):          # each takes a minute
         ways = {"one token a step": {"order": "left"},
-                "two": {"order": o.order, "steps": max(1, model.b // 2)},
+                "two": {"order": "left", "steps": max(1, model.b // 2)},
                 "threshold 0.7": {"order": "left", "threshold": 0.7}}
     entrants = [("AR teacher", teacher, {})]
     entrants += [(f"{name}, {way_name}", model, way) for way_name, way in ways.items()]

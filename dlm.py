@@ -634,7 +634,7 @@ def rollout(model, x, steps=0, order="spread"):
 # --------------------------------------------------------------------------------------------------
 # The sampler
 
-ORDERS = ("ancestral", "random", "left", "confidence", "entropy", "spread")
+ORDERS = ("ancestral", "random", "confidence", "spread", "left")
 TIE = 0.01      # nats; chance may outweigh such a difference, so float32's error decides nothing
 
 
@@ -669,14 +669,6 @@ def warp(logp, temperature=1.0, top_k=0, top_p=1.0):
     return torch.zeros_like(p).scatter(-1, index, best / best.sum(-1, keepdim=True))
 
 
-def sureness(logp, order):
-    """How sure the network is of a token, 0 to 1, from log-probabilities (.., V) -> (..)."""
-    if order in ("entropy", "spread"):
-        H = torch.special.entr(logp.exp()).sum(-1)
-        return (-H).exp()                    # 1 / the number of tokens it hesitates between
-    return logp.amax(-1).exp()
-
-
 def rank(score, hidden):
     """Place of each hidden token in its row (B, n), the highest score first: 0, 1, 2 .."""
     order = score.masked_fill(~hidden, -math.inf).argsort(dim=1, descending=True, stable=True)
@@ -689,8 +681,10 @@ def first(score, hidden, count):
     return hidden & (rank(score, hidden) < count)
 
 
-def first_of_each(score, hidden, stretch):
-    """The hidden token of highest score in each stretch; stretch (B, n) numbers them. (B, n)"""
+def first_of_each(score, hidden, count):
+    """The same, one in each of `count` (B, 1) equal stretches of the hidden tokens. (B, n)"""
+    number = (hidden.cumsum(1) - 1).clamp(min=0)             # of a hidden token among its row's
+    stretch = number * count // hidden.sum(1, keepdim=True).clamp(min=1)
     place = rank(score, hidden)
     lowest = torch.full_like(place, place.size(1)).scatter_reduce(1, stretch, place, "amin")
     return hidden & (place == lowest.gather(1, stretch))
@@ -700,23 +694,22 @@ def first_of_each(score, hidden, stretch):
 def sample(model, z, steps=0, order=None, threshold=0.0, noise=None, **warping):
     """Fills the hidden tokens of z (B, T) block by block, and yields the state after each step.
 
-    A step reveals some tokens of a block, all drawn in parallel from their own marginals, as `warp`
-    makes them. A block takes `steps` steps; 0 means one token a step. Unless an `order` is given,
-    single tokens come from the left, as the AR model would have them, and several by `spread`.
+    A step reveals k tokens of a block, all drawn in parallel from their own marginals, as `warp`
+    makes them. A block takes `steps` steps; 0 means one token a step. Which k tokens:
 
-    order                who comes first                            how many a step
-    ancestral            random ones                                each at its own random moment
-    random, left         random ones; those further left            equally many
-    confidence, entropy  the surest, by likeliest token or entropy  equally many
-    spread               the surest, by entropy                     one of each stretch of `steps`
+    left         the leftmost of each of k equal stretches. This is the default: tokens drawn
+                 together do not know of each other, and here they stand as far apart as they can
+    spread       the surest of each stretch, by entropy
+    confidence   the k surest, by likeliest token
+    random       k random ones
+    ancestral    each at its own random moment, so that k is random, too
 
-    With a threshold, `steps` do not count: a step reveals the first in order and all that are at
-    least so sure. Given tokens never change; those right of a block are seen
-    only if b = L. An AR model has blocks of one token, so this is ordinary generation. Beyond the
-    context the text goes on in windows that see the last half context. noise (B, T, 2): uniforms,
-    so that a row can be had again.
+    threshold: all that are at least so sure come as well, in every order but `ancestral`. Given
+    tokens never change; those right of a block are seen only if b = L. An AR model has blocks of
+    one token, so this is ordinary generation. Beyond the context the text goes on in windows that
+    see the last half context. noise (B, T, 2): uniforms, so that a row can be had again.
     """
-    order = order or ("left" if threshold or not steps else "spread")
+    order = order or "left"
     if order not in ORDERS:
         raise UserError(f"--order {order}: unknown; use {', '.join(ORDERS)}")
     L, b = model.L, model.b
@@ -746,7 +739,7 @@ def fill(model, z, noise, steps, order, threshold, warping):
         block = z[:, start:start + model.b]                  # a view of z
         stop = start + block.size(1)
         uniform = noise[:, start:stop, 0]
-        schedule = Schedule(order, steps, threshold, block == model.V, noise[:, start:stop, 1])
+        schedule = Schedule(order, steps, threshold, noise[:, start:stop, 1])
         for step in range(schedule.N):
             may_come = schedule.may_come(step, block == model.V)              # (B, n)
             if may_come.any():                               # else the network need not run
@@ -758,25 +751,17 @@ def fill(model, z, noise, steps, order, threshold, warping):
 
 
 class Schedule:
-    """Which hidden tokens of a block each of its N steps reveals. All masks are (B, n).
+    """Which hidden tokens of a block each of its N steps reveals. All masks are (B, n)."""
 
-    `spread` cuts the hidden tokens into stretches of N; each step reveals the surest of each.
-    """
-
-    def __init__(self, order, steps, threshold, hidden, shuffle):
-        n = hidden.size(1)
-        self.N = n if threshold else steps or n
+    def __init__(self, order, steps, threshold, shuffle):
+        n = shuffle.size(1)
+        self.N = steps or n
         self.order = order
         if n == 1:                                           # one token: nothing is left to choose
             self.N = 1
             self.order = "ancestral"
-        elif order == "spread" and self.N >= n:              # one stretch: its surest comes first
-            self.order = "entropy"
         self.threshold = threshold
         self.shuffle = shuffle                               # a random number for each token
-        self.hidden_at_first = hidden
-        if self.order == "spread":                           # N hidden tokens each, one a step
-            self.stretch = (hidden.cumsum(1) - 1).clamp(min=0) // self.N
 
     def may_come(self, step, hidden):
         """The tokens that the network is asked about. An ancestral step knows them beforehand."""
@@ -789,19 +774,18 @@ class Schedule:
         """Which of them come, by what the network says: logp (number of them, V)."""
         if self.order == "ancestral":
             return may_come
-        sure = logp.new_zeros(may_come.shape)
-        sure = sure.masked_scatter(may_come, sureness(logp, self.order))      # (B, n)
-        score = self.score(sure)                             # the highest comes first
+        steps_left = self.N - step
+        k = -(-may_come.sum(1, keepdim=True) // steps_left)  # so many must come, or it ends late
+        of_stretches = self.order in ("left", "spread")
+        take = first_of_each if of_stretches else first
+        new = take(self.score(may_come, logp), may_come, k)
         if self.threshold:
-            return first(score, may_come, 1) | (may_come & (sure >= self.threshold))
-        if self.order == "spread":
-            return first_of_each(score, may_come, self.stretch)
-        total = self.hidden_at_first.sum(1, keepdim=True)
-        count = total // self.N + (step < total % self.N)
-        return first(score, may_come, count)
+            sure = logp.amax(-1) >= math.log(self.threshold)
+            new = new | torch.zeros_like(new).masked_scatter(may_come, sure)
+        return new
 
-    def score(self, sure):
-        """The order, as a number for each token.
+    def score(self, may_come, logp):
+        """The order, as a number for each token (B, n): the highest comes first.
 
         With nothing to the left and all hidden the network is equally sure of all tokens. Then
         chance decides, and not rounding.
@@ -809,8 +793,12 @@ class Schedule:
         if self.order == "random":
             return self.shuffle
         if self.order == "left":
-            return -torch.arange(sure.size(1), device=sure.device).expand_as(sure).to(sure)
-        return sure.log() + TIE * self.shuffle
+            return -torch.arange(may_come.size(1), device=logp.device).expand_as(may_come).to(logp)
+        if self.order == "spread":
+            sureness = -torch.special.entr(logp.exp()).sum(-1)
+        else:
+            sureness = logp.amax(-1)
+        return logp.new_zeros(may_come.shape).masked_scatter(may_come, sureness) + TIE * self.shuffle
 
 
 def generate(model, B, steps=0, given=None, **way):

@@ -30,7 +30,6 @@ from train_teacher import (Pretrained, consecutive, load, load_corpus, mark_stor
                            write_json)
 
 SHIPPED = Path(__file__).parent / "assets" / "dlm-docs-whole.pt"  # to see something at once
-OWN_PACE = ("ancestral", "spread")  # orders that decide how many tokens a step reveals
 SURE = (0.7, 0.9, 0.99)             # thresholds that tables compare
 HIDDEN = "░"
 COLOURS = {"given": "\033[36m{}\033[0m", "hidden": "\033[2m{}\033[0m", "new": "\033[1;32m{}\033[0m"}
@@ -51,9 +50,9 @@ class Options:
     stop: str = option("", "end texts before this string")
     number: int = option(4, "texts", at_least=1)
     steps: int = option(0, "steps a block; 0: one a token", at_least=0)
-    order: str = option("", "first come random tokens, the surest, or the surest of each stretch; "
-                            "empty: left, or with --steps the model's", ("", *dlm.ORDERS))
-    threshold: float = option(0.0, "a step reveals all at least so sure", at_least=0, at_most=1)
+    order: str = option("", "which come first: README, The sampler; empty: left",
+                        ("", *dlm.ORDERS))
+    threshold: float = option(0.0, "all at least so sure come too", at_least=0, at_most=1)
     temperature: float = option(1.0, "below 1 sharper, 0 the likeliest", at_least=0)
     top_k: int = option(0, "draw from the K likeliest tokens; 0: from all", at_least=0)
     top_p: float = option(1.0, "draw from the likeliest, up to this sum", at_least=0, at_most=1)
@@ -241,10 +240,11 @@ def ways_to_write(b, order="", steps=0, threshold=0.0, most=0):
         return {"": {}}
     orders = [order] if order else dlm.ORDERS
     numbers = [steps] if steps else [2 ** k for k in range((most or b).bit_length())]
-    ways = [] if threshold else [{"order": name, "steps": N} for name in orders for N in numbers]
+    ways = [{"order": name, "steps": N} for name in orders for N in numbers]
     if not steps:
-        order = "left" if order in ("", *OWN_PACE) else order
-        ways += [{"order": order, "threshold": t} for t in ([threshold] if threshold else SURE)]
+        ways += [{"order": "left", "threshold": t} for t in SURE]
+    if threshold:
+        ways = [{"order": order or "left", "steps": steps, "threshold": threshold}]
     return {" ".join(f"{key} {value}" for key, value in way.items()): way for way in ways}
 
 
@@ -365,17 +365,15 @@ def load_judge(o, model, tokenizer):
 
 def main(argv):
     o = parse(Options, argv, __doc__)
-    if o.threshold and o.order in OWN_PACE:
-        raise UserError(f"--order {o.order}: says itself how many tokens a step reveals; "
-                        "with --threshold use left, random, confidence or entropy")
+    if o.threshold and o.order == "ancestral":
+        raise UserError("--order ancestral: chance alone decides what comes; "
+                        f"with --threshold use {', '.join(dlm.ORDERS[1:])}")
     o.device = pick_device(o.device)
     if o.bench:
         return bench(o)
     runs = Path("runs").glob("*/checkpoint.pt")
     path = Path(o.checkpoint or max(runs, key=os.path.getmtime, default=SHIPPED))
     model, tokenizer, ckpt = load(path, "--checkpoint", o.device)
-    if o.steps and not o.threshold and not dlm.is_continuous(model):
-        o.order = o.order or ckpt["options"].get("order", "")
     if dlm.is_continuous(model) and (o.order or o.threshold):
         raise UserError(f"--{'order' if o.order else 'threshold'}: means nothing where tokens come "
                         f"out of noise together, as in {path}; use --steps")

@@ -468,32 +468,28 @@ def test_many_steps_are_the_random_order_sampler():
 
 
 def sureness(p, order):
-    if order in ("entropy", "spread"):
-        return (p * p.log()).sum().exp().item()
-    return p.max().item()
+    return (p * p.log()).sum().item() if order == "spread" else p.max().item()
 
 
-def choices(p, z, free, step, order, N, threshold):
-    """The sets of tokens that a step may reveal, each as likely as the others.
+def choices(p, z, block, step, order, N, threshold):
+    """The sets of tokens of a block that step number `step` of N may reveal, all equally likely.
 
-    p (L, V): what the network says in the state z; free: the tokens hidden when the block began.
+    p (L, V): what the network says in the state z.
     """
-    hidden = [i for i in free if z[i] == MASK]
-    if not hidden:
-        return [()]
-    sure = {i: sureness(p[i], order) for i in hidden}
-    in_order = hidden if order == "left" else sorted(hidden, key=sure.get, reverse=True)
-    if threshold:
-        enough = {i for i in hidden if sure[i] >= threshold}
-        first = hidden if order == "random" else in_order[:1]
-        return [sorted({i} | enough) for i in first]
-    if order == "spread":
-        stretches = [set(free[k:k + N]).intersection(hidden) for k in range(0, len(free), N)]
-        return [[min(stretch, key=in_order.index) for stretch in stretches if stretch]]
-    count = len(free) // N + (step < len(free) % N)
+    hidden = [i for i in block if z[i] == MASK]
+    k = math.ceil(len(hidden) / (N - step))
+    in_order = hidden
+    if order in ("confidence", "spread"):
+        in_order = sorted(hidden, key=lambda i: sureness(p[i], order), reverse=True)
+    sets = [in_order[:k]]
     if order == "random":
-        return list(itertools.combinations(hidden, count))
-    return [in_order[:count]]
+        sets = list(itertools.combinations(hidden, k))
+    elif order in ("left", "spread"):
+        stretches = [[i for place, i in enumerate(hidden) if place * k // len(hidden) == number]
+                     for number in range(k)]
+        sets = [[min(stretch, key=in_order.index) for stretch in stretches]]
+    sure = {i for i in hidden if threshold and p[i].max() >= threshold}
+    return [sorted({*these, *sure}) for these in sets]
 
 
 def fillings(p, z, places):
@@ -516,19 +512,18 @@ def writings(model, z, order, N=0, threshold=0.0):
         text = torch.tensor([z])
         return model(text, text)[0].exp().detach()
 
-    def next_states(z, free, step, steps):
+    def next_states(z, block, step, steps):
         p = says(z)
-        possible = choices(p, z, free, step, order, steps, threshold)
+        possible = choices(p, z, block, step, order, steps, threshold)
         return [(q / len(possible), after)
                 for revealed in possible for q, after in fillings(p, z, revealed)]
 
     ways = [(1.0, [z])]
     for block in blocks(len(z), model.b):
-        free = [i for i in block if z[i] == MASK]
         steps = N or len(block)
         for step in range(steps):
             ways = [(q * r, [*states, after]) for q, states in ways
-                    for r, after in next_states(states[-1], free, step, steps)]
+                    for r, after in next_states(states[-1], block, step, steps)]
     return ways
 
 
@@ -549,7 +544,7 @@ def law_of_order(model, order, N=0, threshold=0.0):
     return torch.tensor([law[tuple(text)] for text in TEXTS.tolist()])
 
 
-def test_single_tokens_come_from_the_left_and_several_spread():
+def test_tokens_come_from_the_left_unless_told():
     model = random_model(4)
     noise = torch.rand(50, L, 2, dtype=torch.float64)
 
@@ -557,9 +552,8 @@ def test_single_tokens_come_from_the_left_and_several_spread():
         return dlm.generate(model, 50, noise=noise, **way)
 
     assert torch.equal(written(), written(order="left"))
-    assert torch.equal(written(threshold=0.5, steps=2), written(threshold=0.5, order="left"))
-    assert torch.equal(written(steps=2), written(steps=2, order="spread"))
-    assert not torch.equal(written(), written(order="spread"))
+    assert torch.equal(written(steps=2), written(steps=2, order="left"))
+    assert not torch.equal(written(steps=2), written(steps=2, order="spread"))
 
 
 @both_models
@@ -573,15 +567,15 @@ def test_every_order_follows_its_law(make, order, only_true_ties):
 
 
 @both_models
-@pytest.mark.parametrize("order", ["left", "random", "confidence", "entropy"])
+@pytest.mark.parametrize("order", dlm.ORDERS[1:])
 @pytest.mark.parametrize("threshold", [0.3, 0.55, 0.7, 1.0])
 def test_threshold_follows_its_law(make, order, threshold, only_true_ties):
-    for b in (2, 4):
+    for b, N in [(2, 0), (4, 0), (4, 2), (4, 3)]:
         model = make(b)
-        way = {"order": order, "threshold": threshold}
+        way = {"order": order, "N": N, "threshold": threshold}
         torch.manual_seed(0)
-        x = dlm.generate(model, 5000, given=torch.tensor(GIVEN), **way)
-        assert follow(x, law_of_order(model, **way)), b
+        x = dlm.generate(model, 5000, N, torch.tensor(GIVEN), order=order, threshold=threshold)
+        assert follow(x, law_of_order(model, **way)), (b, N)
 
 
 # --- the sampler: what holds for every text -------------------------------------------------------
@@ -704,7 +698,7 @@ def test_confidence_takes_the_surest_position_first():
         assert (sure[revealed] >= sure.amax(1) - dlm.TIE).all()
 
 
-@pytest.mark.parametrize("order", ["confidence", "entropy", "spread"])
+@pytest.mark.parametrize("order", ["confidence", "spread"])
 def test_chance_decides_where_all_are_equally_sure(order):
     """Where all is hidden a Transformer's slots are alike, but for rounding."""
     torch.manual_seed(0)
@@ -719,23 +713,39 @@ def test_confidence_reveals_equally_many_a_step():
     assert left == [[n] * 3 for n in (16, 12, 9, 6, 3, 0)]
 
 
-def test_spread_takes_one_token_of_each_stretch():
+def test_stretches_are_of_hidden_tokens_and_equally_long():
     given = torch.full((3, 16), MASK)
     given[:, 5:7] = 1
-    stretches = [[0, 1, 2, 3], [4, 7, 8, 9], [10, 11, 12, 13], [14, 15]]
-    after_each_step = dlm.sample(random_model(16, L=16), given, 4, "spread")
-    for step, (before, after) in enumerate(itertools.pairwise(after_each_step)):
+    stretches = [[0, 1, 2, 3], [4, 7, 8], [9, 10, 11, 12], [13, 14, 15]]
+    model = random_model(16, L=16)
+    for order in ("left", "spread"):
+        before, after, *_ = dlm.sample(model, given, 4, order)
         for stretch in stretches:
-            revealed = (before != after)[:, stretch].sum(1)
-            assert (revealed == (step < len(stretch))).all()
+            revealed = (before != after)[:, stretch]
+            assert (revealed.sum(1) == 1).all()
+            assert revealed[:, 0].all() or order == "spread"
 
 
-def test_spread_with_one_step_less_than_tokens_has_two_stretches():
-    model = random_model(L)
-    _, after, *_ = dlm.sample(model, torch.full((50, L), MASK), L - 1, "spread")
-    revealed = after < MASK
-    assert revealed[:, L - 1].all()                     # the second stretch is this token alone
-    assert (revealed[:, :L - 1].sum(1) == 1).all()
+def test_from_the_left_tokens_of_a_step_stand_as_far_apart_as_can_be():
+    after_each_step = dlm.sample(random_model(16, L=16), torch.full((1, 16), MASK), 4)
+    for step, (before, after) in enumerate(itertools.pairwise(after_each_step)):
+        assert (before != after)[0].nonzero()[:, 0].tolist() == [step, step + 4, step + 8, step + 12]
+
+
+def test_a_threshold_lets_a_step_reveal_more():
+    model = random_model(16, L=16)
+    noise = torch.rand(20, 16, 2, dtype=torch.float64)
+    given = torch.where(torch.rand(20, 16) < 0.3, torch.randint(V, (20, 16)), MASK)
+
+    def after_one(**way):
+        _, state, *_ = dlm.sample(model, given, 4, noise=noise, **way)
+        return state < MASK
+
+    sure = model(given, given).amax(-1).exp() >= 0.9
+    assert 0.1 < sure[given == MASK].float().mean() < 0.9
+    for order in dlm.ORDERS[1:]:
+        alone = after_one(order=order)
+        assert torch.equal(after_one(order=order, threshold=0.9), alone | sure)
 
 
 def test_top_k_and_top_p_keep_rows_apart():
@@ -1417,7 +1427,7 @@ def law_of_broken_ties(model, order):
             law[z] += p
             return
         logp = model(torch.tensor([z]), torch.tensor([z]))[0].detach()
-        sure = dlm.sureness(logp, order)
+        sure = [sureness(logp[i].exp(), order) for i in range(L)]
         best = max(sure[i] for i in hidden)
         firsts = [i for i in hidden if best - sure[i] < 1e-10]
         others = [best - sure[i] for i in hidden if i not in firsts]
@@ -1430,7 +1440,7 @@ def law_of_broken_ties(model, order):
     return torch.tensor([law[tuple(x)] for x in TEXTS.tolist()])
 
 
-@pytest.mark.parametrize("order", ["confidence", "entropy", "spread"])
+@pytest.mark.parametrize("order", ["confidence", "spread"])
 def test_ties_are_broken_by_chance(order, only_true_ties):
     """With everything hidden a network is equally sure everywhere: any may be first."""
     model = random_model(L)
@@ -1439,7 +1449,7 @@ def test_ties_are_broken_by_chance(order, only_true_ties):
     assert follow(dlm.generate(model, 20000, order=order), law)
 
 
-@pytest.mark.parametrize("order", ["confidence", "entropy", "spread"])
+@pytest.mark.parametrize("order", ["confidence", "spread"])
 def test_rounding_decides_nothing(order):
     """Another processor or batch rounds in another way. The same noise gives the same texts."""
     model = random_model(8, L=8)

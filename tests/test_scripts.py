@@ -285,8 +285,8 @@ def test_table_of_a_student(world):
     held_out, teacher, *student = m["table"]
     assert held_out["what"] == "held-out text" and held_out["copied"] > 0.9
     assert teacher["what"] == "AR teacher" and teacher["calls"] == 16
-    spread = [r for r in student if r.get("order") == "spread"]
-    assert [(r["steps"], r["calls"]) for r in spread] == [(1, 4), (2, 8), (4, 16)]
+    in_steps = [(r["order"], r["steps"], r["calls"]) for r in student if "steps" in r]
+    assert in_steps == [("left", 1, 4), ("left", 2, 8), ("left", 4, 16)]
     assert sum("threshold" in r and 4 <= r["calls"] <= 16 for r in student) == 3
     for r in m["table"]:
         assert r["judge_nll"] > 0 and 0 < r["entropy"] < r["bigram_entropy"]
@@ -446,10 +446,10 @@ def test_all_methods_in_one_command(call, home):
     table = nll_of_rows(base)
     assert list(table) == ["held-out text", "AR teacher",
                            *(f"{who}, {way}" for who in ("untrained", "TCS", "SDTT", "OPDLM")
-                             for way in sample.ways_to_write(4, "spread"))]
-    assert "TCS, order spread steps 2" in table and "OPDLM, order left threshold 0.99" in table
+                             for way in sample.ways_to_write(4, "left"))]
+    assert "TCS, order left steps 2" in table and "OPDLM, order left threshold 0.99" in table
     own = nll_of_rows(f"{base}-sdtt-2steps")
-    assert table["SDTT, order spread steps 2"] == own["student, order spread steps 2"]
+    assert table["SDTT, order left steps 2"] == own["student, order left steps 2"]
 
     before = files(home)
     code, out, _ = call("distill", argv)
@@ -554,7 +554,7 @@ def test_unseen_tokens_are_noticed():
     ("--length 9 --prompt T___", 9), ("--length 17", 17), ("--length 50 --prompt The", 50),
     ("--steps 1", 16), ("--steps 50", 16), ("--order confidence", 16), ("--order random", 16),
     ("--order ancestral --temperature 0.5", 16), ("--order left --steps 2", 16),
-    ("--order entropy --top_k 2", 16), ("--threshold 0.1", 16),
+    ("--order confidence --top_k 2", 16), ("--threshold 0.1", 16),
     ("--threshold 0.5 --order random", 16), ("--threshold 0.5 --top_p 0.5", 16)])
 def test_number_and_length(call, run, argv, length):
     code, out, _ = call("sample", f"--checkpoint {run} {argv}")
@@ -700,9 +700,9 @@ def test_bench_compares_models_orders_and_steps(call):
 
 
 @pytest.mark.parametrize("narrower, ways", [
-    ("--steps 2 --order left", [("left", 2, None)]), ("--threshold 0.8", [("left", None, 0.8)]),
+    ("--steps 2 --order left", [("left", 2, None)]), ("--threshold 0.8", [("left", 0, 0.8)]),
     ("--steps 2 --order spread", [("spread", 2, None)]),
-    ("--threshold 0.8 --order entropy", [("entropy", None, 0.8)])])
+    ("--threshold 0.8 --order confidence --steps 2", [("confidence", 2, 0.8)])])
 def test_bench_narrowed(call, narrower, ways):
     (_, ar, *rows), _ = rows_of_bench(call, f"--bench {AR},{TCS} {narrower}")
     assert "order" not in ar
@@ -1019,25 +1019,6 @@ def test_rollouts_that_lose_their_entropy_are_reported(call, monkeypatch):
     assert max(lively) < distill.COLLAPSED <= min(dull)         # such weights are not kept
 
 
-def test_the_order_a_student_was_trained_for_is_the_one_it_writes_in(call, monkeypatch):
-    no_pictures(monkeypatch)
-    assert call("distill", f"{OPDLM} --updates 2 --order confidence --out run")[0] == 0
-    asked = []
-    run = dlm.sample
-
-    def watched(model, z, steps, order, *more, **warping):
-        asked.append(order)
-        return run(model, z, steps, order, *more, **warping)
-
-    monkeypatch.setattr(dlm, "sample", watched)
-    for argv, order in [("--checkpoint run --steps 2", "confidence"),
-                        ("--checkpoint run --order random", "random"),
-                        ("--checkpoint run --threshold 0.5 --steps 2", ""),       # from the left
-                        ("--checkpoint run", ""),
-                        (f"--checkpoint {TCS} --steps 1", "spread")]:
-        assert call("sample", argv)[0] == 0 and asked.pop() == order
-
-
 def test_the_gap_between_a_model_and_itself_is_none(world):
     teacher, other = (train_teacher.load(world / run, "")[0] for run in (AR, JUDGE))
     x = torch.randint(teacher.V, (8, 16))
@@ -1152,7 +1133,7 @@ WRONG_IN_SAMPLING = [
     "--threshold 1.5", "--threshold -1", "--threshold nan", "--top_k -1", "--top_p 1.1",
     "--top_p nan", "--length -1", "--number 0", "--number -1", "--steps -1", "--temperature nan",
     "--temperature -1", "--temperature inf", "--order backwards",
-    "--order spread --threshold 0.5", "--prompt TheTheTheTheTheThe", "--prompt Thethethethethet",
+    "--order ancestral --threshold 0.5", "--prompt TheTheTheTheTheThe", "--prompt Thethethethethet",
     "--prompt The_of", "--prompt Théorème", "--prompt 42", "--prompt The --length 2",
     "--prompt The____ --length 4"]
 
