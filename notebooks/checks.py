@@ -79,7 +79,6 @@ def show(value):
 
 # What students' functions are called with
 PROBS = [[0.6, 0.2, 0.2], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.4, 0.3, 0.3], [0.55, 0.45, 0.0]]
-HIDDEN = [True, False, True, True, True]
 PREFIX = [math.log(p) for p in (0.35, 0.1, 0.3, 0.05, 0.2)]
 SUFFIX = [math.log(p) for p in (0.07, 0.5, 0.08, 0.6, 0.06)]
 JOINT = [[0.3, 0.1, 0.1], [0.05, 0.2, 0.0], [0.1, 0.05, 0.1]]
@@ -180,13 +179,18 @@ def highest(score, k):
     return torch.zeros_like(score).scatter(-1, score.topk(k).indices, 1) > 0
 
 
-@exercise((PROBS, HIDDEN, 2), (PROBS, HIDDEN, 5))
-def check_surest_tokens(p, hidden, k):  # the mask of the k hidden tokens with the least entropy
-    doubt = torch.special.entr(p).sum(-1)
-    return highest(-doubt.where(hidden, 9), k) & hidden, {
-        "A token that is not hidden cannot be revealed.": highest(-doubt, k),
-        "The surest tokens have the least entropy.": highest(doubt.where(hidden, -9), k),
-        "This order is by confidence. Use the entropy.": highest(p.amax(-1).where(hidden, -9), k)}
+@exercise(([True, True, True, False, False, True], 2), ([True, False, True, True, True, True], 3))
+def check_leftmost_of_each(hidden, k):  # the mask of the leftmost of each of k equal stretches
+    number = hidden.cumsum(0) - 1
+    stretch = number * k // hidden.sum()
+    def one_of_each(stretch, which):
+        places = [(hidden & (stretch == s)).nonzero()[which] for s in stretch[hidden].unique()]
+        return torch.zeros_like(hidden).index_fill(0, torch.cat(places), True)
+    everywhere = torch.arange(len(hidden)) * k // len(hidden)
+    return one_of_each(stretch, 0), {
+        "These are stretches of all tokens. Cut the hidden ones only.": one_of_each(everywhere, 0),
+        "These are the k leftmost. Take one of each stretch.": hidden & (number < k),
+        "This is the last of each stretch. Take its first.": one_of_each(stretch, -1)}
 
 
 @exercise((8, 4), (3, 6))

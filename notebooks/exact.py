@@ -1,8 +1,8 @@
 """What the notebooks add up on small sources: everything that can happen, so that nothing is drawn.
 
-`Counted` stands between `dlm.sample` and an exact source, and counts what is asked (notebook 2).
-`leave_one_out` and `averaged` are targets that an exact source can give (notebook 3). `Sums` has
-all states of a small source, and the best student that each can have (notebooks 4 and 5).
+`Sums` has all states of a small source. It adds up what `dlm.sample` writes in each order (notebook
+2), and the best student that each state can have (notebooks 4 and 5). `leave_one_out` and `averaged`
+are targets that an exact source can give (notebook 3).
 Shapes: S states, T texts, L letters of a text, V letters to choose from.
 """
 import math
@@ -16,97 +16,6 @@ def every(V, L):
     """All texts of L letters, in alphabetical order: (V ** L, L)."""
     letters = torch.arange(V)
     return torch.cartesian_prod(*[letters] * L).view(-1, L)
-
-
-# --------------------------------------------------------------------------------------------------
-# Notebook 2: an exact source in place of a network
-
-class Counted:
-    """An exact source as `dlm.sample` sees a network, with its rows counted.
-
-    texts (T, L): all that the source can write. The first `given` letters of a row are there at
-    the start. error ((V + 1) ** L, L, V): what a bad network adds to the log-probabilities, by the
-    number of the state.
-    """
-
-    def __init__(self, source, texts, given=0, error=None):
-        source.b = source.L
-        self.source = source
-        self.texts = texts
-        self.given = given
-        self.error = error
-        self.rows = 0
-        self.V = source.V
-        self.L = source.L
-        self.b = source.L
-        self.embedding = source.embedding
-        self.law = source.log_prob(texts).exp()                                 # (T,)
-        assert abs(self.law.sum() - 1) < 1e-6                                   # no text is missing
-        self.digit = (self.V + 1) ** torch.arange(self.L)    # z @ digit is the number of state z
-
-    def decode(self, x, z, start, stop, wanted, cache):
-        """As `dlm.Transformer.decode`. Each distinct state is asked once, to save time."""
-        asked = wanted.any(1)
-        self.rows += int(asked.sum())
-        number, row = (z @ self.digit).unique(return_inverse=True)
-        states = number[:, None] // self.digit % (self.V + 1)
-        logp = self.source(states, states)
-        if self.error is not None:
-            logp = (logp + self.error[number]).log_softmax(-1)
-        return logp[row][wanted], None
-
-    def write(self, rows, steps, seed=0, **way):
-        """Texts (rows, L) by `dlm.sample`, and the network calls that each took on average."""
-        self.rows = 0
-        x = []
-        with dlm.seeded(seed):
-            for batch in torch.arange(rows).split(10_000):
-                B = len(batch)
-                z = torch.full((B, self.L), self.V)
-                if self.given:
-                    which = torch.multinomial(self.law, B, replacement=True)
-                    z[:, :self.given] = self.texts[which, :self.given]
-                x.append(dlm.generate(self, B, steps, z, **way))
-        return torch.cat(x), self.rows / rows
-
-    def shares(self, x):
-        """Which share of texts x each possible text has (T,); impossible texts have the rest."""
-        numbers = torch.cat([self.texts, x]) @ self.digit
-        _, place = numbers.unique(return_inverse=True)
-        count = place.bincount()[place[:len(self.texts)]] - 1
-        return count.double() / len(x)
-
-    def tv(self, x):
-        """Total variation of the law of texts x from the source's."""
-        share = self.shares(x)
-        impossible = 1 - share.sum()
-        far = (share - self.law).abs().sum() + impossible
-        return far.item() / 2
-
-    def floor(self, rows, seed=0):
-        """The total variation of as many texts that the source itself draws."""
-        with dlm.seeded(seed):
-            return self.tv(self.source.draw(rows))
-
-
-def branch(L=8):
-    """A given letter of ten, then L that all repeat it or are all the one five further."""
-    first = torch.arange(10)
-    other = (first + 5) % 10
-    kept = torch.cat([first, other])[:, None]
-    texts = torch.cat([first.repeat(2)[:, None], kept.expand(-1, L)], dim=1)    # (20, 1 + L)
-    source = dlm.HiddenMarkov.branch(L + 1)
-    return Counted(source, texts, given=1)
-
-
-def markov(sharp, seed, error=0.0, V=3, L=6):
-    """A random chain of six letters, each one of three; its denoiser is wrong by `error` nats."""
-    source = dlm.HiddenMarkov.markov(V, L, seed, sharp)
-    if not error:
-        return Counted(source, every(V, L))
-    g = torch.Generator().manual_seed(seed)
-    noise = torch.randn((V + 1) ** L, L, V, generator=g)
-    return Counted(source, every(V, L), error=error * noise)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -150,7 +59,7 @@ def of_text(table, x):
 
 
 # --------------------------------------------------------------------------------------------------
-# Notebooks 4 and 5: all states, and the best student
+# Notebooks 2, 4 and 5: all states, what is written, and the best student
 
 class Sums:
     """All states that a sampler with blocks of b can meet in texts of L letters.
@@ -223,6 +132,48 @@ class Sums:
         at[-1] = 1
         for n in range(N):
             at = at @ self.ancestral_step(p, 1 / (N - n))
+        return at[self.done]
+
+    # Every order of `dlm.sample` (notebook 2).
+
+    def steps(self, p, order, N=0, threshold=0.0):
+        """What `dlm.sample` does with the table p when all is hidden, step after step.
+
+        Yields the probability (P,) that a step begins in the first state of a pair and ends in the
+        second. `dlm.Schedule` says which letters come; of two that are equally sure, the left one.
+        """
+        before, after = self.pairs
+        new = self.hidden[before] & ~self.hidden[after]                         # (P, L)
+        drawn = self.drawn(p).where(new, 1.0).prod(1)
+        shuffle = torch.zeros(self.z.shape)                        # ties go to the left
+        schedule = dlm.Schedule(order, N, threshold, shuffle)
+        at = p.new_zeros(len(self.z))
+        at[-1] = 1
+        for step in range(schedule.N):
+            flow = at[before] * self.comes(new, schedule, step, p) * drawn
+            yield flow
+            at = torch.zeros_like(at).index_add(0, after, flow)
+
+    def comes(self, new, schedule, step, p):
+        """The chance (P,) that a step reveals just the letters `new` (P, L) of each pair."""
+        before, _ = self.pairs
+        hidden = self.hidden[before].sum(1)
+        count = new.sum(1)
+        steps_left = schedule.N - step
+        if schedule.order == "ancestral":                          # each for itself
+            share = 1 / steps_left
+            return share ** count * (1 - share) ** (hidden - count)
+        if schedule.order == "random":                             # all sets of k alike
+            k = -(-hidden // steps_left)
+            sets = torch.tensor([[math.comb(m, n) for n in range(m + 1)] + [0] * (p.size(1) - m)
+                                 for m in range(p.size(1) + 1)])
+            return (count == k) / sets[hidden, k].to(p)
+        chosen = schedule.choose(step, self.hidden, p.log()[self.hidden])       # (S, L)
+        return (new == chosen[before]).all(1).to(p)
+
+    def law_of(self, flow):
+        """The law (T,) of the finished texts, from the last of `steps`."""
+        at = flow.new_zeros(len(self.z)).index_add(0, self.pairs[1], flow)
         return at[self.done]
 
     def one_by_one(self, p, order="random"):

@@ -74,6 +74,13 @@ def least(score, k):
     return score.argsort(-1).argsort(-1) < k
 
 
+def one_of_each(hidden, stretch, pick):
+    """The mask of one hidden token of each stretch: the first (min) or the last (max)."""
+    places = [i for i in range(len(hidden)) if hidden[i]]
+    chosen = {pick(i for i in places if stretch[i] == stretch[j]) for j in places}
+    return torch.tensor([i in chosen for i in range(len(hidden))])
+
+
 def among(prefix, suffix, candidates):
     """The score of the candidates, and 0 for all other letters."""
     score = (prefix + suffix).exp() * torch.eye(5)[torch.tensor(candidates)].amax(0)
@@ -111,6 +118,7 @@ OTHERWISE = {  # right answers that are written in another way than in the solut
     "mean_whole_rows": "sum(2 / 2 ** steps.count(min(steps))"
                        " for steps in itertools.product(range(N), repeat=L)) / N ** L",
     "entropy_of_each": "[entropy(row) for row in p]",
+    "leftmost_of_each": "one_of_each(hidden, (hidden.cumsum(0) - 1) * k // hidden.sum(), min)",
     "score_of_candidates": "among(prefix, suffix, prefix.argsort()[-K:].tolist())"
                            " if x_i in prefix.argsort()[-K:] else torch.eye(5)[x_i]",
     "two_variances": "[(joint.sum(1) * (1 - joint.sum(1))).sum(),"
@@ -153,9 +161,11 @@ MISTAKES = [
     ("entropy_of_each", "-entropy_of_each(p)", "sign is wrong"),
     ("entropy_of_each", "-(p * p.log2()).nansum(-1)", "in bits"),
     ("entropy_of_each", "-(p * p.log()).sum(-1)", "You return nan"),
-    ("surest_tokens", "least(entropy_of_each(p), k)", "not hidden"),
-    ("surest_tokens", "least(9.0 * ~hidden - entropy_of_each(p), k) & hidden", "least entropy"),
-    ("surest_tokens", "least(9.0 * ~hidden - p.amax(-1), k) & hidden", "by confidence"),
+    ("leftmost_of_each", "one_of_each(hidden, torch.arange(len(hidden)) * k // len(hidden), min)",
+     "hidden ones only"),
+    ("leftmost_of_each", "hidden & (hidden.cumsum(0) <= k)", "the k leftmost"),
+    ("leftmost_of_each", "one_of_each(hidden, (hidden.cumsum(0) - 1) * k // hidden.sum(), max)",
+     "last of each stretch"),
     ("cosine_counts", "L - torch.tensor(cosine_counts(L, N)).cumsum(0)", "still hidden"),
     ("cosine_counts", "torch.tensor(cosine_counts(L, N)).cumsum(0)", "revealed so far"),
     ("cosine_counts", "cosine_counts(L, N)[::-1]", "turned round"),
@@ -316,7 +326,7 @@ def test_an_answer_that_is_right_in_the_first_case_only_is_refused(name):
 
 @pytest.mark.parametrize("name, answer, message", [
     ("set_weight", "1 / m", "This is wrong. For 4, 2 it should be 0.0833, but you return 0.5."),
-    ("surest_tokens", "surest_tokens(p, hidden, k).long()", "a mask of True and False. For "),
+    ("leftmost_of_each", "leftmost_of_each(hidden, k).long()", "a mask of True and False. For "),
     ("opdlm_target", "y", "The shape should be (1, 6, 3), not (1, 6). For "),
     ("target_and_truth", "[start, start]", " cannot be read as a tensor."),
 ])
