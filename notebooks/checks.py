@@ -280,7 +280,59 @@ def check_tokens_a_position(b, K):  # run by the teacher, on average over a bloc
         "This is the cost of the block. Divide it by b.": b + K * b * (b - 1) / 2}
 
 
-# ---- 4_sdtt
+# ---- 4_opdlm
+@exercise((AR, [[0, 1, 2, 0, 2, 1]], [[2, 2, 1, 1, 0, 2]], 2))
+def check_opdlm_target(teacher, x, y, b):  # (1, L, V), each block of y behind earlier ones of x
+    target = dlm.prefix(teacher, x, y, b)
+    return target, {
+        "This grades the real text x. The student wrote y.": teacher(x, x).exp(),
+        "A block of y stands behind the earlier blocks of x, not of y.": teacher(y, y).exp(),
+        "These are logarithms. Return probabilities.": target.log()}
+
+
+def check_pick_states(f):
+    """f(states): of each of R blocks a random one of the states (N+1, R, b) before the last."""
+    states = torch.arange(20000).view(5, 4000, 1).expand(5, 4000, 3)
+    z = returned(f, [states])
+    shares = (z.flatten() // 4000).bincount(minlength=5) / z.numel()
+    mistakes = {
+        "Row r should be one of states[:, r].": not torch.equal(z % 4000, states[0]),
+        "All tokens of a block have the same moment.": (z != z[..., :1]).any(),
+        "No step begins in the last state.": shares[4] > 0,
+        "All states before the last are equally likely.": (shares[:4] - 0.25).abs().max() > 0.04}
+    for what, is_made in mistakes.items():
+        if is_made:
+            raise AssertionError(f"{f.__name__}: {what} You pick them with shares {show(shares)}.")
+    print(f"{f.__name__}: right")
+
+
+@exercise(([0.5, 0.3, 0.2], [[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.25, 0.25, 0.5]], 2))
+def check_target_and_truth(start, trans, v):  # OPDLM's target for x_0 when x_1 = v, and the truth
+    truth = start * trans[:, v] / (start @ trans[:, v])
+    return torch.stack([start, truth]), {
+        "The target does not know x_1. It is the same for every v.": torch.stack([truth, truth]),
+        "Row 1 does not add up to 1. Divide by its sum.": torch.stack([start, start * trans[:, v]]),
+        "trans[v] is what follows v, not what precedes it.": torch.stack([start, trans[v]])}
+
+
+@exercise((0.9, 3), (0.2, 7))
+def check_weight_after(w, n):  # the chance that the first letter is the first mode's
+    return 0.5 / n + w * (n - 1) / n, {
+        "Nothing moved, but the leftmost hidden letter is told 0.5.": w,
+        "Only the leftmost hidden letter is told 0.5. The others are not.": 0.5,
+        "This is turned round. One of n letters is told 0.5.": w / n + 0.5 * (n - 1) / n}
+
+
+@exercise((32, 4), (12, 2))
+def check_tokens_of_an_update(L, b):  # [in a plain update, in one of OPDLM], for one text
+    plain = L - b + L
+    return [plain, plain + L - b + b * L], {
+        "You forgot the clean tokens of the earlier blocks.": [L, L + b * L],
+        "You count only the writing. The update comes on top.": [plain, L - b + b * L],
+        "While writing, clean tokens are run once and kept.": [plain, plain + b * plain]}
+
+
+# ---- 5_sdtt
 @exercise((0.3, 0.2, 2), (0.5, 0.25, 3))
 def check_shares_revealed(t, dt, k):  # the chance that a step reveals a hidden token, for k steps
     ratios = [dt / max(t - step * dt, 1e-9) for step in range(k)]
@@ -350,55 +402,3 @@ def check_cost_of_one_step(joint):  # KL(joint || the best that one step can wri
     return kl(joint, product), {
         "The KL has its arguments swapped. The joint comes first.": kl(product, joint),
         "One step can get each letter's frequency right.": kl(joint, torch.ones(1) / joint.numel())}
-
-
-# ---- 5_opdlm
-@exercise((AR, [[0, 1, 2, 0, 2, 1]], [[2, 2, 1, 1, 0, 2]], 2))
-def check_opdlm_target(teacher, x, y, b):  # (1, L, V), each block of y behind earlier ones of x
-    target = dlm.prefix(teacher, x, y, b)
-    return target, {
-        "This grades the real text x. The student wrote y.": teacher(x, x).exp(),
-        "A block of y stands behind the earlier blocks of x, not of y.": teacher(y, y).exp(),
-        "These are logarithms. Return probabilities.": target.log()}
-
-
-def check_pick_states(f):
-    """f(states): of each of R blocks a random one of the states (N+1, R, b) before the last."""
-    states = torch.arange(20000).view(5, 4000, 1).expand(5, 4000, 3)
-    z = returned(f, [states])
-    shares = (z.flatten() // 4000).bincount(minlength=5) / z.numel()
-    mistakes = {
-        "Row r should be one of states[:, r].": not torch.equal(z % 4000, states[0]),
-        "All tokens of a block have the same moment.": (z != z[..., :1]).any(),
-        "No step begins in the last state.": shares[4] > 0,
-        "All states before the last are equally likely.": (shares[:4] - 0.25).abs().max() > 0.04}
-    for what, is_made in mistakes.items():
-        if is_made:
-            raise AssertionError(f"{f.__name__}: {what} You pick them with shares {show(shares)}.")
-    print(f"{f.__name__}: right")
-
-
-@exercise(([0.5, 0.3, 0.2], [[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.25, 0.25, 0.5]], 2))
-def check_target_and_truth(start, trans, v):  # OPDLM's target for x_0 when x_1 = v, and the truth
-    truth = start * trans[:, v] / (start @ trans[:, v])
-    return torch.stack([start, truth]), {
-        "The target does not know x_1. It is the same for every v.": torch.stack([truth, truth]),
-        "Row 1 does not add up to 1. Divide by its sum.": torch.stack([start, start * trans[:, v]]),
-        "trans[v] is what follows v, not what precedes it.": torch.stack([start, trans[v]])}
-
-
-@exercise((0.9, 3), (0.2, 7))
-def check_weight_after(w, n):  # the chance that the first letter is the first mode's
-    return 0.5 / n + w * (n - 1) / n, {
-        "Nothing moved, but the leftmost hidden letter is told 0.5.": w,
-        "Only the leftmost hidden letter is told 0.5. The others are not.": 0.5,
-        "This is turned round. One of n letters is told 0.5.": w / n + 0.5 * (n - 1) / n}
-
-
-@exercise((32, 4), (12, 2))
-def check_tokens_of_an_update(L, b):  # [in a plain update, in one of OPDLM], for one text
-    plain = L - b + L
-    return [plain, plain + L - b + b * L], {
-        "You forgot the clean tokens of the earlier blocks.": [L, L + b * L],
-        "You count only the writing. The update comes on top.": [plain, L - b + b * L],
-        "While writing, clean tokens are run once and kept.": [plain, plain + b * plain]}

@@ -199,7 +199,7 @@ class Sums:
         number = first.sum(1, keepdim=True).clamp(min=1)
         return first / number.to(p)
 
-    # SDTT: the best student of a table (notebook 4).
+    # SDTT: the best student of a table (notebook 5).
 
     def met(self, p, N, k):
         """Weight (S, S): how often a target in the first state is what p says in the second.
@@ -238,7 +238,7 @@ class Sums:
         q = descend(loss, p if start is None else start, updates)
         return torch.where(mass[..., None] > 0, q, p)
 
-    # OPDLM: a table that learns from what it writes (notebook 5).
+    # OPDLM: a table that learns from what it writes (notebook 4).
 
     def on_policy(self, target, p, order="random", most=200):
         """Round after round of rollouts and targets (T, L, V), from p on; yields each table."""

@@ -191,6 +191,21 @@ MISTAKES = [
     ("tokens_a_position", "K * (b - 1) / 2", "forgot the pass"),
     ("tokens_a_position", "1 + sum(K * (b - i) for i in range(b)) / b", "never read"),
     ("tokens_a_position", "b * tokens_a_position(b, K)", "Divide it by b"),
+    ("opdlm_target", "said(teacher, x)", "real text x"),
+    ("opdlm_target", "said(teacher, y)", "not of y"),
+    ("opdlm_target", "opdlm_target(teacher, x, y, b).log()", "logarithms"),
+    ("pick_states", "states.gather(0, torch.randint(4, states[:1].shape))[0]", "same moment"),
+    ("pick_states", "states_at(states, torch.randint(5, (states.size(1),)))", "last state"),
+    ("pick_states", "states[2]", "equally likely.*0.0, 0.0, 1.0"),
+    ("target_and_truth", "target_and_truth(start, trans, v)[[1, 1]]", "every v"),
+    ("target_and_truth", "torch.stack([start, start * trans[:, v]])", "add up to 1"),
+    ("target_and_truth", "torch.stack([start, trans[v]])", "not what precedes it"),
+    ("weight_after", "w", "Nothing moved"),
+    ("weight_after", "0.5", "Only the leftmost"),
+    ("weight_after", "0.5 + (w - 0.5) / n", "turned round"),
+    ("tokens_of_an_update", "[L, L + b * L]", "forgot the clean tokens"),
+    ("tokens_of_an_update", "[2 * L - b, L - b + b * L]", "comes on top"),
+    ("tokens_of_an_update", "[2 * L - b, (b + 1) * (2 * L - b)]", "run once and kept"),
     ("shares_revealed", "[dt] * k", "dt / t"),
     ("shares_revealed", "[dt / t] * k", "Time moves on"),
     ("shares_revealed", "[dt / (t - n * dt) for n in range(k)]", "at most 1"),
@@ -214,21 +229,6 @@ MISTAKES = [
     ("cost_of_one_step", "kl(product(joint), joint)", "arguments swapped"),
     ("cost_of_one_step", "kl(joint, torch.ones(3, 3) / 9)", "frequency"),
     ("cost_of_one_step", "(joint * (joint / product(joint)).log()).sum()", "You return nan"),
-    ("opdlm_target", "said(teacher, x)", "real text x"),
-    ("opdlm_target", "said(teacher, y)", "not of y"),
-    ("opdlm_target", "opdlm_target(teacher, x, y, b).log()", "logarithms"),
-    ("pick_states", "states.gather(0, torch.randint(4, states[:1].shape))[0]", "same moment"),
-    ("pick_states", "states_at(states, torch.randint(5, (states.size(1),)))", "last state"),
-    ("pick_states", "states[2]", "equally likely.*0.0, 0.0, 1.0"),
-    ("target_and_truth", "target_and_truth(start, trans, v)[[1, 1]]", "every v"),
-    ("target_and_truth", "torch.stack([start, start * trans[:, v]])", "add up to 1"),
-    ("target_and_truth", "torch.stack([start, trans[v]])", "not what precedes it"),
-    ("weight_after", "w", "Nothing moved"),
-    ("weight_after", "0.5", "Only the leftmost"),
-    ("weight_after", "0.5 + (w - 0.5) / n", "turned round"),
-    ("tokens_of_an_update", "[L, L + b * L]", "forgot the clean tokens"),
-    ("tokens_of_an_update", "[2 * L - b, L - b + b * L]", "comes on top"),
-    ("tokens_of_an_update", "[2 * L - b, (b + 1) * (2 * L - b)]", "run once and kept"),
 ]
 
 
@@ -237,7 +237,7 @@ MISTAKES = [
 
 @pytest.fixture(params=[torch.float32, torch.float64])
 def precision(request):
-    """4_sdtt works in float64, the other notebooks in float32."""
+    """2_parallel and 5_sdtt work in float64, the other notebooks in float32."""
     torch.set_default_dtype(request.param)
     yield
     torch.set_default_dtype(torch.float32)
