@@ -506,7 +506,10 @@ TABLES = {"main-job": lambda: main_job(read("main-job")),
           "blocks": lambda: block_table(read("students")),
           "long": lambda: long_table(read("students")),
           "pretrained": lambda: pretrained_table(read("pretrained")),
-          "continuous": lambda: continuous_table(read("continuous"))}
+          "continuous": lambda: continuous_table(read("continuous")),
+          "shares": lambda: shares(read("tcs")),
+          "rounds": lambda: rounds(read("few-steps"), read("sdtt")),
+          "orders": lambda: orders(read("few-steps"))}
 
 
 def with_tables(text):

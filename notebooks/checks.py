@@ -81,12 +81,22 @@ def show(value):
 PROBS = [[0.6, 0.2, 0.2], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.4, 0.3, 0.3], [0.55, 0.45, 0.0]]
 PREFIX = [math.log(p) for p in (0.35, 0.1, 0.3, 0.05, 0.2)]
 SUFFIX = [math.log(p) for p in (0.07, 0.5, 0.08, 0.6, 0.06)]
+MEANS = [[math.log(p) for p in row] for row in ((0.7, 0.2, 0.1), (0.1, 0.6, 0.3), (0.2, 0.2, 0.6))]
 JOINT = [[0.3, 0.1, 0.1], [0.05, 0.2, 0.0], [0.1, 0.05, 0.1]]
 AR = dlm.HiddenMarkov.markov(3, 4, seed=1, sharp=1.5)
 DENOISER = dlm.HiddenMarkov(AR.start, AR.trans, AR.emit, L=4, b=4)
 
 
 # ---- 1_one_flag
+@exercise((8, 3), (4, 1))
+def check_number_of_slots(L, b):  # of one pass, clean and noisy
+    clean = (L - 1) // b * b
+    return L if b == 1 else clean + L, {
+        "The last block is nobody's past. It needs no clean slots.": 2 * L,
+        "These are the noisy slots. Where b > 1, earlier blocks are there clean, too.": L,
+        "The last block may be shorter than b.": L if b == 1 else L - b + L}
+
+
 @exercise((5, 2), (4, 1))
 def check_depends_on(L, b):  # the mask (L, L) of what each token's prediction may depend on
     i = torch.arange(L)[:, None]
@@ -257,6 +267,16 @@ def check_gradient_score(prefix, gradient, E, x_i):  # the first-order score (V,
         "It does not add up to 1. Divide by the sum.": (prefix + change).exp()}
 
 
+@exercise((MEANS, SUFFIX[:3], PREFIX[:3]))
+def check_mean_over_completions(log_c, log_p, log_q):  # the weighted mean (V,) of S rows of c_i
+    def weighted(log_w):
+        return log_w.softmax(0) @ log_c.exp()
+    return weighted(log_p - log_q), {
+        "This is a plain mean. Weigh each completion.": log_c.exp().mean(0),
+        "The student drew them. Divide by the chance that it did.": weighted(log_p),
+        "The weights are turned round.": weighted(log_q - log_p)}
+
+
 @exercise((PREFIX, SUFFIX, 2), (PREFIX, SUFFIX, 1))
 def check_mean_of_sampled(prefix, suffix, K):  # the mean target (V,) of K letters from the prefix
     def mean(chance, weight):
@@ -381,6 +401,16 @@ def check_jensen_shannon(p, q):  # the mean of KL(p || m) and KL(q || m), m the 
     return (kl(p, m) + kl(q, m)) / 2, {
         "The KLs have their arguments swapped. m comes second.": (kl(m, p) + kl(m, q)) / 2,
         "This is the sum of both divergences. Take their mean.": kl(p, m) + kl(q, m)}
+
+
+@exercise(([0.5, 0.3, 0.2], [0.5, 0.4, 0.1], [[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.3, 0.2, 0.5]]))
+def check_contradiction(now, chance, later):  # TV of now (V,) from the mean of later (n, V)
+    far = (chance @ later - now).abs().sum() / 2
+    return far, {
+        "The draws are not equally likely. Weigh them.": (later.mean(0) - now).abs().sum() / 2,
+        "The total variation lacks the factor 1/2.": 2 * far,
+        "This is the mean of the distances. Take the distance of the mean.":
+            chance @ (later - now).abs().sum(1) / 2}
 
 
 @exercise(([[1.0, 0.0], [2.0, -1.0], [4.0, 3.0], [3.0, 5.0]], 0.9))

@@ -1,10 +1,11 @@
 """What the notebooks add up on small sources: everything that can happen, so that nothing is drawn.
 
-`Sums` has all states of a small source. It adds up what `dlm.sample` writes in each order (notebook
+`bound_by_counts` and its neighbours add up a bound (notebook 1). `Sums` has all states of a small source. It adds up what `dlm.sample` writes in each order (notebook
 2), and the best student that each state can have (notebooks 4 and 5). `leave_one_out` and `averaged`
 are targets that an exact source can give (notebook 3).
 Shapes: S states, T texts, L letters of a text, V letters to choose from.
 """
+import itertools
 import math
 
 import torch
@@ -16,6 +17,62 @@ def every(V, L):
     """All texts of L letters, in alphabetical order: (V ** L, L)."""
     letters = torch.arange(V)
     return torch.cartesian_prod(*[letters] * L).view(-1, L)
+
+
+# --------------------------------------------------------------------------------------------------
+# Notebook 1: the bound in two forms, and what it bounds; of all texts (T, L), nats per token
+
+def blocks(model, L):
+    return [block.tolist() for block in torch.arange(L).split(model.b)]
+
+
+def subsets(block):
+    """All sets of tokens of a block but the empty one."""
+    sizes = range(1, len(block) + 1)
+    return [hidden for m in sizes for hidden in itertools.combinations(block, m)]
+
+
+@torch.no_grad()
+def surprise(model, texts, hidden):
+    """-log p of each token of each text when the tokens `hidden` are hidden (T, L); the mask."""
+    z = texts.index_fill(1, torch.tensor(hidden), model.V)
+    return -of_text(model(texts, z), texts), z == model.V
+
+
+def bound_by_counts(model, texts):
+    """The form of the code: over all sets of m hidden tokens, m uniform. (T,)"""
+    total = torch.zeros(len(texts))
+    for block in blocks(model, texts.size(1)):
+        n = len(block)
+        for hidden in subsets(block):
+            nll, is_hidden = surprise(model, texts, hidden)
+            chance = 1 / n / math.comb(n, len(hidden))
+            total = total + chance * (dlm.token_weights(is_hidden, model.b) * nll).sum(1)
+    return total
+
+
+def bound_by_time(model, texts):
+    """The form of the papers: the integral over t of 1/t, as a sum of 2000 terms. (T,)"""
+    t = (torch.arange(2000).double() + 0.5) / 2000
+    total = torch.zeros(len(texts))
+    for block in blocks(model, texts.size(1)):
+        for hidden in subsets(block):
+            nll, is_hidden = surprise(model, texts, hidden)
+            m = len(hidden)
+            weight = (t ** m * (1 - t) ** (len(block) - m) / t).mean() / texts.size(1)
+            total = total + weight * (is_hidden * nll).sum(1)
+    return total
+
+
+def exact_nll(model, texts):
+    """-log p of each text, where p is the mean over all orders of revealing it. (T,)"""
+    log_p = torch.zeros(len(texts))
+    for block in blocks(model, texts.size(1)):
+        orders = list(itertools.permutations(block))
+        nll = [sum(surprise(model, texts, order[k:])[0][:, i] for k, i in enumerate(order))
+               for order in orders]
+        log_p = log_p + torch.stack(nll).neg().logsumexp(0) - math.log(len(orders))
+    return -log_p / texts.size(1)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -109,6 +109,7 @@ def states_at(states, moment):
 
 
 OTHERWISE = {  # right answers that are written in another way than in the solutions
+    "number_of_slots": "len(dlm.slots(L, b)[0])",
     "depends_on": "torch.tensor([[j < i or i // b == j // b and i != j for j in range(L)]"
                   " for i in range(L)])",
     "set_weight": "math.factorial(m - 1) * math.factorial(n - m) / math.factorial(n)",
@@ -121,12 +122,15 @@ OTHERWISE = {  # right answers that are written in another way than in the solut
     "leftmost_of_each": "one_of_each(hidden, (hidden.cumsum(0) - 1) * k // hidden.sum(), min)",
     "score_of_candidates": "among(prefix, suffix, prefix.argsort()[-K:].tolist())"
                            " if x_i in prefix.argsort()[-K:] else torch.eye(5)[x_i]",
+    "mean_over_completions": "(log_c.exp() * (log_p - log_q).exp()[:, None]).sum(0)"
+                             " / (log_p - log_q).exp().sum()",
     "two_variances": "[(joint.sum(1) * (1 - joint.sum(1))).sum(),"
                      " (joint * (joint / joint.sum(0) - joint.sum(1, keepdim=True))).sum()]",
     "gradient_score": "(prefix + E @ gradient).softmax(-1)",
     "two_step_target": "two_step_target(teacher, z, first, drawn) * (z == 3)[..., None]",
     "two_divergences": "[(q * (q / p).log()).nansum(), (p - q).clamp(min=0).sum()]",
     "jensen_shannon": "entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2",
+    "contradiction": "(now - chance @ later).clamp(min=0).sum()",
     "cost_of_one_step": "entropy(joint.sum(0)) + entropy(joint.sum(1)) - entropy(joint)",
     "opdlm_target": "dlm.prefix(teacher, x, y, b).tolist()",
     "pick_states": "states_at(states, (4 * torch.rand(states.size(1))).long())",
@@ -134,6 +138,9 @@ OTHERWISE = {  # right answers that are written in another way than in the solut
 }
 
 MISTAKES = [
+    ("number_of_slots", "2 * L", "nobody's past"),
+    ("number_of_slots", "L", "noisy slots"),
+    ("number_of_slots", "L if b == 1 else 2 * L - b", "shorter than b"),
     ("depends_on", "depends_on(L, b) | torch.eye(L).bool()", "its own prediction"),
     ("depends_on", "torch.ones(L, L).tril(-1).bool()", "This is causal"),
     ("depends_on", "depends_on(L, b).T", "are swapped"),
@@ -188,6 +195,9 @@ MISTAKES = [
     ("mean_of_sampled", "score_by_hand(prefix, suffix)", "This is the score"),
     ("mean_of_sampled", "mean_of_sampled(prefix, prefix + suffix, K)", "counts twice"),
     ("mean_of_sampled", "mean_of_sampled(torch.zeros(5) - math.log(5), suffix, K)", "not equally"),
+    ("mean_over_completions", "log_c.exp().mean(0)", "plain mean"),
+    ("mean_over_completions", "log_p.softmax(0) @ log_c.exp()", "student drew"),
+    ("mean_over_completions", "mean_over_completions(log_c, log_q, log_p)", "turned round"),
     ("tokens_a_position", "K * (b - 1) / 2", "forgot the pass"),
     ("tokens_a_position", "1 + sum(K * (b - i) for i in range(b)) / b", "never read"),
     ("tokens_a_position", "b * tokens_a_position(b, K)", "Divide it by b"),
@@ -222,6 +232,9 @@ MISTAKES = [
     ("jensen_shannon", "(kl((p + q) / 2, p) + kl((p + q) / 2, q)) / 2", "arguments swapped"),
     ("jensen_shannon", "2 * jensen_shannon(p, q)", "the sum"),
     ("jensen_shannon", "(p * (2 * p / (p + q)).log()).sum()", "You return nan"),
+    ("contradiction", "(later.mean(0) - now).abs().sum() / 2", "not equally likely"),
+    ("contradiction", "(chance @ later - now).abs().sum()", "factor 1/2"),
+    ("contradiction", "chance @ (later - now).abs().sum(1) / 2", "mean of the distances"),
     ("average_of_weights", "average_of_weights(weights, 1 - decay)", "old average"),
     ("average_of_weights", "average_of_weights(torch.cat([weights[:1] * 0, weights]), decay)",
      "not at zero"),
@@ -308,6 +321,7 @@ def test_a_wrong_answer_that_nobody_named_is_refused(name):
 
 ONE_CASE = ["entropy_of_each", "hide_again", "score_by_hand", "gradient_score", "two_step_target",
             "two_divergences", "jensen_shannon", "average_of_weights", "cost_of_one_step",
+            "mean_over_completions", "contradiction",
             "opdlm_target", "pick_states", "target_and_truth"]
 
 
@@ -336,4 +350,4 @@ def test_the_message_says_what_is_wrong(name, answer, message):
 
 def test_each_check_belongs_to_an_exercise():
     assert CHECKS.keys() == {f"check_{name}" for name in SOLUTIONS}
-    assert len(CHECKS) == 30
+    assert len(CHECKS) == 33
