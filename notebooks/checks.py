@@ -161,6 +161,20 @@ def check_whole_rows(k):  # the share of rows that k tokens, drawn at once, leav
         "Once x_0 is given, 2 letters are possible and not 10.": 10.0 ** (1 - k)}
 
 
+@exercise(([True, True, True, False, False, True], 2), ([True, False, True, True, True, True], 3))
+def check_leftmost_of_each(hidden, k):  # the mask of the leftmost of each of k equal stretches
+    number = hidden.cumsum(0) - 1
+    stretch = number * k // hidden.sum()
+    def one_of_each(stretch, which):
+        places = [(hidden & (stretch == s)).nonzero()[which] for s in stretch[hidden].unique()]
+        return torch.zeros_like(hidden).index_fill(0, torch.cat(places), True)
+    everywhere = torch.arange(len(hidden)) * k // len(hidden)
+    return one_of_each(stretch, 0), {
+        "These are stretches of all tokens. Cut the hidden ones only.": one_of_each(everywhere, 0),
+        "These are the k leftmost. Take one of each stretch.": hidden & (number < k),
+        "This is the last of each stretch. Take its first.": one_of_each(stretch, -1)}
+
+
 def mean_whole(L, N):
     """The mean share of whole rows of `branch`, in N ancestral steps over L tokens."""
     return 2 * sum((1 - (n - 0.5) / N) ** L - (1 - n / N) ** L for n in range(1, N + 1))
@@ -176,6 +190,16 @@ def check_mean_whole_rows(L, N):  # after N ancestral steps over L tokens
         "This is the share at the mean size, not the mean of the shares.": 2.0 ** (1 - L / N)}
 
 
+@exercise((8, 4), (3, 6))
+def check_cosine_counts(L, N):  # how many of L tokens each of N steps reveals
+    hidden = [math.floor(L * math.cos(math.pi / 2 * n / N)) for n in range(N + 1)]
+    counts = [before - after for before, after in zip(hidden, hidden[1:])]
+    return counts, {
+        "These tokens are still hidden. Take the differences.": hidden[1:],
+        "These are all tokens revealed so far. Take the differences.": [L - h for h in hidden[1:]],
+        "This is turned round. Few tokens come first and many last.": counts[::-1]}
+
+
 @exercise((PROBS,))
 def check_entropy_of_each(p):  # the entropies in nats of the rows of p (L, V): (L,)
     nats = torch.special.entr(p).sum(-1)
@@ -187,30 +211,6 @@ def check_entropy_of_each(p):  # the entropies in nats of the rows of p (L, V): 
 def highest(score, k):
     """The mask of the k highest scores of each row."""
     return torch.zeros_like(score).scatter(-1, score.topk(k).indices, 1) > 0
-
-
-@exercise(([True, True, True, False, False, True], 2), ([True, False, True, True, True, True], 3))
-def check_leftmost_of_each(hidden, k):  # the mask of the leftmost of each of k equal stretches
-    number = hidden.cumsum(0) - 1
-    stretch = number * k // hidden.sum()
-    def one_of_each(stretch, which):
-        places = [(hidden & (stretch == s)).nonzero()[which] for s in stretch[hidden].unique()]
-        return torch.zeros_like(hidden).index_fill(0, torch.cat(places), True)
-    everywhere = torch.arange(len(hidden)) * k // len(hidden)
-    return one_of_each(stretch, 0), {
-        "These are stretches of all tokens. Cut the hidden ones only.": one_of_each(everywhere, 0),
-        "These are the k leftmost. Take one of each stretch.": hidden & (number < k),
-        "This is the last of each stretch. Take its first.": one_of_each(stretch, -1)}
-
-
-@exercise((8, 4), (3, 6))
-def check_cosine_counts(L, N):  # how many of L tokens each of N steps reveals
-    hidden = [math.floor(L * math.cos(math.pi / 2 * n / N)) for n in range(N + 1)]
-    counts = [before - after for before, after in zip(hidden, hidden[1:])]
-    return counts, {
-        "These tokens are still hidden. Take the differences.": hidden[1:],
-        "These are all tokens revealed so far. Take the differences.": [L - h for h in hidden[1:]],
-        "This is turned round. Few tokens come first and many last.": counts[::-1]}
 
 
 @exercise(([[0.9, 0.2, 0.1, 0.7, 0.4], [0.1, 0.28, 0.15, 0.05, 0.18]],
@@ -234,18 +234,6 @@ def check_score_by_hand(prefix, suffix):  # the concrete score (V,)
         "Do not add probabilities. Both must happen, so multiply.": total / total.sum()}
 
 
-@exercise((PREFIX, SUFFIX, 1, 3), (PREFIX, SUFFIX, 4, 3))
-def check_score_of_candidates(prefix, suffix, x_i, K):  # the target (V,) with K candidates
-    score = (prefix + suffix).softmax(-1)
-    kept = score * highest(prefix, K)
-    one_hot = torch.eye(5)[x_i]
-    wider = torch.maximum(kept, score * one_hot)
-    return kept / kept.sum() if kept[x_i] else one_hot, {
-        "x_i is not a candidate here. Then the target is one-hot x_i.": kept / kept.sum(),
-        "You made x_i a candidate. That biases the mean.": wider / wider.sum(),
-        "Divide by the sum over the candidates, not over all letters.": kept}
-
-
 @exercise((JOINT,), ([[0.12, 0.28], [0.18, 0.42]],))
 def check_two_variances(joint):  # of the one-hot text and of c_i, each summed over letters
     c = joint / joint.sum(0)
@@ -258,23 +246,16 @@ def check_two_variances(joint):  # of the one-hot text and of c_i, each summed o
         "The second is the variance left when the rest is known.": [one_hot, 1 - squares]}
 
 
-@exercise((PREFIX[:3], [1.0, -0.5], [[0.2, 0.4], [1.0, -0.6], [-0.8, 0.1]], 2))
-def check_gradient_score(prefix, gradient, E, x_i):  # the first-order score (V,)
-    change = (E - E[x_i]) @ gradient
-    return (prefix + change).softmax(-1), {
-        "You forgot the prefix. Add it before the softmax.": change.softmax(-1),
-        "The sign of the change is wrong.": (prefix - change).softmax(-1),
-        "It does not add up to 1. Divide by the sum.": (prefix + change).exp()}
-
-
-@exercise((MEANS, SUFFIX[:3], PREFIX[:3]))
-def check_mean_over_completions(log_c, log_p, log_q):  # the weighted mean (V,) of S rows of c_i
-    def weighted(log_w):
-        return log_w.softmax(0) @ log_c.exp()
-    return weighted(log_p - log_q), {
-        "This is a plain mean. Weigh each completion.": log_c.exp().mean(0),
-        "The student drew them. Divide by the chance that it did.": weighted(log_p),
-        "The weights are turned round.": weighted(log_q - log_p)}
+@exercise((PREFIX, SUFFIX, 1, 3), (PREFIX, SUFFIX, 4, 3))
+def check_score_of_candidates(prefix, suffix, x_i, K):  # the target (V,) with K candidates
+    score = (prefix + suffix).softmax(-1)
+    kept = score * highest(prefix, K)
+    one_hot = torch.eye(5)[x_i]
+    wider = torch.maximum(kept, score * one_hot)
+    return kept / kept.sum() if kept[x_i] else one_hot, {
+        "x_i is not a candidate here. Then the target is one-hot x_i.": kept / kept.sum(),
+        "You made x_i a candidate. That biases the mean.": wider / wider.sum(),
+        "Divide by the sum over the candidates, not over all letters.": kept}
 
 
 @exercise((PREFIX, SUFFIX, 2), (PREFIX, SUFFIX, 1))
@@ -292,6 +273,25 @@ def check_mean_of_sampled(prefix, suffix, K):  # the mean target (V,) of K lette
         "The draws are not equally likely. Weigh them by the prefix.": mean(torch.ones(5) / 5, q)}
 
 
+@exercise((MEANS, SUFFIX[:3], PREFIX[:3]))
+def check_mean_over_completions(log_c, log_p, log_q):  # the weighted mean (V,) of S rows of c_i
+    def weighted(log_w):
+        return log_w.softmax(0) @ log_c.exp()
+    return weighted(log_p - log_q), {
+        "This is a plain mean. Weigh each completion.": log_c.exp().mean(0),
+        "The student drew them. Divide by the chance that it did.": weighted(log_p),
+        "The weights are turned round.": weighted(log_q - log_p)}
+
+
+@exercise((PREFIX[:3], [1.0, -0.5], [[0.2, 0.4], [1.0, -0.6], [-0.8, 0.1]], 2))
+def check_gradient_score(prefix, gradient, E, x_i):  # the first-order score (V,)
+    change = (E - E[x_i]) @ gradient
+    return (prefix + change).softmax(-1), {
+        "You forgot the prefix. Add it before the softmax.": change.softmax(-1),
+        "The sign of the change is wrong.": (prefix - change).softmax(-1),
+        "It does not add up to 1. Divide by the sum.": (prefix + change).exp()}
+
+
 @exercise((4, 16), (1, 16))
 def check_tokens_a_position(b, K):  # run by the teacher, on average over a block of b
     return 1 + K * (b - 1) / 2, {
@@ -301,15 +301,6 @@ def check_tokens_a_position(b, K):  # run by the teacher, on average over a bloc
 
 
 # ---- 4_opdlm
-@exercise((AR, [[0, 1, 2, 0, 2, 1]], [[2, 2, 1, 1, 0, 2]], 2))
-def check_opdlm_target(teacher, x, y, b):  # (1, L, V), each block of y behind earlier ones of x
-    target = dlm.prefix(teacher, x, y, b)
-    return target, {
-        "This grades the real text x. The student wrote y.": teacher(x, x).exp(),
-        "A block of y stands behind the earlier blocks of x, not of y.": teacher(y, y).exp(),
-        "These are logarithms. Return probabilities.": target.log()}
-
-
 def check_pick_states(f):
     """f(states): of each of R blocks a random one of the states (N+1, R, b) before the last."""
     states = torch.arange(20000).view(5, 4000, 1).expand(5, 4000, 3)
@@ -324,6 +315,15 @@ def check_pick_states(f):
         if is_made:
             raise AssertionError(f"{f.__name__}: {what} You pick them with shares {show(shares)}.")
     print(f"{f.__name__}: right")
+
+
+@exercise((AR, [[0, 1, 2, 0, 2, 1]], [[2, 2, 1, 1, 0, 2]], 2))
+def check_opdlm_target(teacher, x, y, b):  # (1, L, V), each block of y behind earlier ones of x
+    target = dlm.prefix(teacher, x, y, b)
+    return target, {
+        "This grades the real text x. The student wrote y.": teacher(x, x).exp(),
+        "A block of y stands behind the earlier blocks of x, not of y.": teacher(y, y).exp(),
+        "These are logarithms. Return probabilities.": target.log()}
 
 
 @exercise(([0.5, 0.3, 0.2], [[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.25, 0.25, 0.5]], 2))
@@ -373,15 +373,6 @@ def check_two_step_target(teacher, z, first, drawn):  # SDTT's target (1, L, V) 
         "Both answers are swapped.": torch.where(first[..., None], after, before)}, z == teacher.V
 
 
-@exercise((16, 2, 2), (256, 4, 4))
-def check_steps_of_each_round(first, last, k):  # [steps of the teacher, steps of its student], ..
-    students = [first // k, last * k, last]
-    return [[k * n, n] for n in students], {
-        "The student of a round is the next teacher.": [[first, n] for n in students],
-        "The teacher takes more steps than its student.": [[n, k * n] for n in students],
-        "The round with the most steps comes first.": [[k * n, n] for n in reversed(students)]}
-
-
 def kl(p, q):
     """The sum of p log(p/q), in nats. 0 log 0 is 0."""
     return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum()
@@ -413,6 +404,23 @@ def check_contradiction(now, chance, later):  # TV of now (V,) from the mean of 
             chance @ (later - now).abs().sum(1) / 2}
 
 
+@exercise((JOINT,))
+def check_cost_of_one_step(joint):  # KL(joint || the best that one step can write), (V, V)
+    product = joint.sum(1, keepdim=True) * joint.sum(0)
+    return kl(joint, product), {
+        "The KL has its arguments swapped. The joint comes first.": kl(product, joint),
+        "One step can get each letter's frequency right.": kl(joint, torch.ones(1) / joint.numel())}
+
+
+@exercise((16, 2, 2), (256, 4, 4))
+def check_steps_of_each_round(first, last, k):  # [steps of the teacher, steps of its student], ..
+    students = [first // k, last * k, last]
+    return [[k * n, n] for n in students], {
+        "The student of a round is the next teacher.": [[first, n] for n in students],
+        "The teacher takes more steps than its student.": [[n, k * n] for n in students],
+        "The round with the most steps comes first.": [[k * n, n] for n in reversed(students)]}
+
+
 @exercise(([[1.0, 0.0], [2.0, -1.0], [4.0, 3.0], [3.0, 5.0]], 0.9))
 def check_average_of_weights(weights, decay):  # the moving average (d,) from row 0 on
     def moving(average, rows, decay):
@@ -424,11 +432,3 @@ def check_average_of_weights(weights, decay):  # the moving average (d,) from ro
         "`decay` is the share of the old average that stays.": moving(first, later, 1 - decay),
         "The average begins at row 0, not at zero.": moving(0, weights, decay),
         "This is a plain mean. Later weights count more.": weights.mean(0)}
-
-
-@exercise((JOINT,))
-def check_cost_of_one_step(joint):  # KL(joint || the best that one step can write), (V, V)
-    product = joint.sum(1, keepdim=True) * joint.sum(0)
-    return kl(joint, product), {
-        "The KL has its arguments swapped. The joint comes first.": kl(product, joint),
-        "One step can get each letter's frequency right.": kl(joint, torch.ones(1) / joint.numel())}

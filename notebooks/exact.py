@@ -1,8 +1,10 @@
 """What the notebooks add up on small sources: everything that can happen, so that nothing is drawn.
 
-`bound_by_counts` and its neighbours add up a bound (notebook 1). `Sums` has all states of a small source. It adds up what `dlm.sample` writes in each order (notebook
-2), and the best student that each state can have (notebooks 4 and 5). `leave_one_out` and `averaged`
-are targets that an exact source can give (notebook 3).
+`bound_by_counts` and its neighbours add up the loss and what it bounds (notebook 1). `Sums` has all
+states of a small source. It adds up what `dlm.sample` writes in each order (notebook 2), and the
+best student that each state can have (notebooks 4 and 5). `leave_one_out` and `averaged` are
+targets that an exact source can give (notebook 3).
+
 Shapes: S states, T texts, L letters of a text, V letters to choose from.
 """
 import itertools
