@@ -123,27 +123,52 @@ def stories(number=8000):
     return list(dict.fromkeys(told))         # each once: held-out stories were not trained on
 
 
+def told_as(story):
+    """The names of the words of a story, in its order, and the match that holds them; or None."""
+    for form in FORMS:
+        said = re.fullmatch(re.sub(r"{\w+}", r"(\\w+)", form.replace(".", r"\.")), story)
+        if said:
+            return re.findall(r"{(\w+)}", form), said
+
+
 def faults(story):
     """Which words of a story are wrong, by their names in FORMS: a set, empty if none is.
 
     {"form"} if it has none of the forms. Words that nobody knows, or a second person who is the
     first, are told alone, for then nothing can be computed.
     """
+    if not told_as(story):
+        return {"form"}
+    names, said = told_as(story)
+    pairs = [*zip(names, said.groups())]
     known = {"A": PEOPLE, "B": PEOPLE, "m": NUMBERS, "n": NUMBERS,
              "colour": COLOURS, "thing": THINGS}
-    for form in FORMS:
-        fields = re.findall(r"{(\w+)}", form)
-        said = re.fullmatch(re.sub(r"{\w+}", r"(\\w+)", form.replace(".", r"\.")), story)
-        if said:
-            pairs = [*zip(fields, said.groups())]
-            chosen = {name: word for name, word in reversed(pairs) if name in known}  # first ones
-            strange = {name for name, word in chosen.items() if word not in known[name]}
-            if strange or chosen["A"] == chosen["B"]:
-                return strange or {"B"}
-            chosen |= {"m": int(chosen["m"]), "n": int(chosen["n"])}
-            right = words_of(**chosen)
-            return {name for name, word in pairs if word != str(right[name])}
-    return {"form"}
+    chosen = {name: word for name, word in reversed(pairs) if name in known}        # first ones
+    strange = {name for name, word in chosen.items() if word not in known[name]}
+    if strange or chosen["A"] == chosen["B"]:
+        return strange or {"B"}
+    chosen |= {"m": int(chosen["m"]), "n": int(chosen["n"])}
+    right = words_of(**chosen)
+    return {name for name, word in pairs if word != str(right[name])}
+
+
+def with_marks(text):
+    """A text with *asterisks* around the wrong words of each whole story, or around all of it."""
+    if "\n" not in text:
+        return text
+    first, *stories, last = text.split("\n")
+    for i, story in enumerate(stories):
+        wrong = faults(story)
+        if wrong == {"form"}:
+            stories[i] = f"*{story}*"
+            continue
+        names, said = told_as(story)
+        for number in range(len(names), 0, -1):             # from the right, so that places stay
+            if names[number - 1] in wrong:
+                start, stop = said.span(number)
+                story = f"{story[:start]}*{story[start:stop]}*{story[stop:]}"
+        stories[i] = story
+    return "\n".join([first, *stories, last])
 
 
 def mark_stories(texts, train_text):
@@ -943,7 +968,7 @@ TEST_REPEATS = 8  # states for each held-out text in a reported bound; the train
 @dataclass
 class RunOptions:
     """What every training run has."""
-    data: str = option("docs", "docs, shakespeare, stories, or the path of a text file")
+    data: str = option("stories", "stories, docs, shakespeare, or the path of a text file")
     tokenizer: str = option("bpe:512", "char, bpe (1024 tokens), bpe:SIZE or gpt2")
     noise: str = option("mask", "a diffusion model's tokens are hidden by a mask, or by gaussian "
                         "noise", ("mask", "gaussian"))
@@ -964,7 +989,8 @@ class Options(RunOptions):
     n_head: int = option(4, "attention heads", at_least=1)
     n_embd: int = option(128, "width", at_least=2)
     dropout: float = option(0.0, "dropout")
-    updates: int = option(500, "updates of the weights", at_least=1)
+    updates: int = option(0, "updates of the weights; 0: 1000 for stories, 500 for other text",
+                          at_least=0)
     batch_size: int = option(32, "texts an update", at_least=1)
     lr: float = option(0.02, "Muon's learning rate; AdamW's is 0.15 of it")
 
@@ -1098,6 +1124,8 @@ def draw_history(history, kind, folder):
 
 def train(o, ckpt=None):
     """Trains by the options, or goes on from a checkpoint -> the run's folder."""
+    if not o.updates:
+        o = dataclasses.replace(o, updates=1000 if o.data == "stories" else 500)
     folder = folder_of(o, run_name(o, o.objective))
     device = pick_device(o.device)
     corpus = load_corpus(o.data, o.tokenizer, o.context)

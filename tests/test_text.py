@@ -122,6 +122,17 @@ def test_stories_are_right_and_told_once():
         assert share == pytest.approx(0.25, abs=0.03)
 
 
+def test_wrong_words_of_whole_stories_are_marked():
+    right = "Mia had 7 red cups. Leo gave her 5 more. Now she has 12 red cups."
+    two_wrong = "Mia had 7 red cups. Leo gave him 5 more. Now she has 13 red cups."
+    two_marked = "Mia had 7 red cups. Leo gave *him* 5 more. Now she has *13* red cups."
+    no_story = "Mia had cups cups."
+    text = "\n".join(["cut off", right, two_wrong, no_story, "Leo had 7"])
+    marked = "\n".join(["cut off", right, two_marked, f"*{no_story}*", "Leo had 7"])
+    assert train_teacher.with_marks(text) == marked
+    assert train_teacher.with_marks("no line end") == "no line end"
+
+
 @pytest.mark.parametrize("story, wrong", [
     ("Mia had 7 red cups. Leo gave her 5 more. Now she has 12 red cups.", set()),
     ("Mia had 7 red cups. Leo gave her 5 more. Now she has 13 red cups.", {"sum"}),
