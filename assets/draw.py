@@ -116,10 +116,8 @@ def main_job(kept):
         calls = f"{r['calls']:.0f}" if written else ""
         seconds = [f"{r[key][1]:.3f}" if written else "" for key in ("seconds_1", "seconds_32")]
         right = f"{r['right']:.1%} ± {r['right_se']:.1%}" if written else "100%"
-        numbers = [right, f"{r['distinct']:.1%}", f"{r['known']:.1%}", f"{r['entropy']:.2f}"]
-        rows.append([name, calls, *numbers, *seconds])
-    head = ["who writes", "calls a text", "right", "distinct", "in the training text", "entropy",
-            "seconds: one text", "32 texts"]
+        rows.append([name, calls, right, f"{r['entropy']:.2f}", *seconds])
+    head = ["who writes", "calls a text", "right", "entropy", "seconds: one text", "32 texts"]
     return markdown(head, rows)
 
 
@@ -495,6 +493,39 @@ def continuous_table(kept):
     return markdown(head, rows)
 
 
+def rules(kept):
+    """Quality by rule and steps, or where a rule says itself how many calls it takes, by those."""
+    rows = []
+    for rule in dict.fromkeys(r["rule"] for r in kept["rows"] if "b = 4" not in r["rule"]):
+        its_own = chosen(kept["rows"], rule=rule)
+        by_steps = {r.get("steps"): f"{r['judge_nll']:.2f}" for r in its_own}
+        at_own_pace = [f"{r['judge_nll']:.2f} in {r['calls']:.0f}" for r in its_own
+                       if "steps" not in r]
+        rows.append([rule, *(by_steps.get(n, "") for n in (8, 16, 32)), *(at_own_pace or [""])])
+    return markdown(["each step reveals", "8 steps", "16", "32", "at its own pace"], rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# 1024 tokens
+
+def long_texts(kept):
+    """Quality by model, order and calls."""
+    rows = []
+    for r in kept["rows"]:
+        calls = f"{r['calls']:.0f}" if "calls" in r else ""
+        how = r.get("order") or ""
+        if "threshold" in r:
+            how += f", threshold {r['threshold']}"
+        if r.get("temperature", 1) != 1:
+            how += f", temperature {r['temperature']}"
+        rows.append([r["who"], how, calls, f"{r['judge_nll']:.2f} ± {r['judge_se']:.2f}",
+                     f"{r['entropy']:.2f}", f"{r['bigram_entropy']:.2f}", f"{r['distinct_4']:.2f}",
+                     f"{r['copied']:.0%}"])
+    head = ["who writes", "order", "calls", "judge NLL", "entropy", "of bigrams",
+            "distinct 4-grams", "8-grams copied"]
+    return markdown(head, rows)
+
+
 # --------------------------------------------------------------------------------------------------
 # The moving picture
 
@@ -545,7 +576,9 @@ TABLES = {"main-job": lambda: main_job(read("main-job")),
           "continuous": lambda: continuous_table(read("continuous")),
           "shares": lambda: shares(read("tcs")),
           "rounds": lambda: rounds(read("few-steps"), read("sdtt")),
-          "orders": lambda: orders(read("few-steps"))}
+          "orders": lambda: orders(read("few-steps")),
+          "rules": lambda: rules(read("rules")),
+          "1024": lambda: long_texts(read("few-steps-1024"))}
 
 
 def with_tables(text):
