@@ -798,7 +798,8 @@ class Schedule:
             sureness = -torch.special.entr(logp.exp()).sum(-1)
         else:
             sureness = logp.amax(-1)
-        return logp.new_zeros(may_come.shape).masked_scatter(may_come, sureness) + TIE * self.shuffle
+        score = logp.new_zeros(may_come.shape).masked_scatter(may_come, sureness)
+        return score + TIE * self.shuffle
 
 
 def generate(model, B, steps=0, given=None, **way):
