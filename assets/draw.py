@@ -99,29 +99,32 @@ def level(ax, y, label, style="--", color="k"):
 # The main job, and the orders of the sampler
 
 def main_job(kept):
-    """What the main job's students write, of stories."""
+    """What the main job's students write. Of stories it says how many are right, of text the NLL."""
+    stories = "right" in kept["table"][0]
     rows = []
     for r in kept["table"]:
         untrained = r["what"].startswith("untrained")
-        if r.get("threshold", 1) < 0.99 or r.get("steps", 2) != 2 and not untrained:
+        if r.get("threshold", 1) < 0.99 or r.get("steps") == 1:
             continue
-        if r.get("steps") == 1:
+        if stories and r.get("steps") == 4 and not untrained:
             continue
         name = r["what"]
         if "order" in r:
             method = name.split(",")[0]
-            if "steps" in r:
-                how = f"{r['steps']} step{'s' * (r['steps'] > 1)} a block"
-            else:
-                how = f"threshold {r['threshold']}"
+            how = f"{r['steps']} steps a block" if "steps" in r else f"threshold {r['threshold']}"
             name = f"**{method}**, {how}"
         written = "calls" in r
         calls = f"{r['calls']:.0f}" if written else ""
         seconds = [f"{r[key][1]:.3f}" if written else "" for key in ("seconds_1", "seconds_32")]
-        right = f"{r['right']:.1%} ± {r['right_se']:.1%}" if written else "100%"
-        rows.append([name, calls, right, f"{r['entropy']:.2f}", *seconds])
-    head = ["who writes", "calls a text", "right", "entropy", "seconds: one text", "32 texts"]
-    return markdown(head, rows)
+        quality = [f"{r['judge_nll']:.2f}"] if not stories else ["100%"]
+        if stories and written:
+            quality = [f"{r['right']:.1%} ± {r['right_se']:.1%}"]
+        quality.append(f"{r['entropy']:.2f}")
+        if not stories:
+            quality.append(f"{r['copied']:.1%}")
+        rows.append([name, calls, *quality, *seconds])
+    quality = ["right", "entropy"] if stories else ["judge NLL", "entropy", "8-grams copied"]
+    return markdown(["who writes", "calls a text", *quality, "seconds: one text", "32 texts"], rows)
 
 
 def orders(few):
@@ -521,12 +524,34 @@ def long_texts(kept):
             how += f", threshold {r['threshold']}"
         if r.get("temperature", 1) != 1:
             how += f", temperature {r['temperature']}"
-        rows.append([r["who"], how, calls, f"{r['judge_nll']:.2f} ± {r['judge_se']:.2f}",
+        rows.append([r["who"], how.removeprefix(", "), calls, f"{r['judge_nll']:.2f} ± {r['judge_se']:.2f}",
                      f"{r['entropy']:.2f}", f"{r['bigram_entropy']:.2f}", f"{r['distinct_4']:.2f}",
                      f"{r['copied']:.0%}"])
     head = ["who writes", "order", "calls", "judge NLL", "entropy", "of bigrams",
             "distinct 4-grams", "8-grams copied"]
     return markdown(head, rows)
+
+
+def frontier(kept):
+    """What calls cost in quality, and what of it is only a lower entropy."""
+    fig, (by_calls, by_entropy) = plt.subplots(1, 2, figsize=(8, 3.2), sharey=True)
+    writers = [("plain", "left", "o-", "C0"), ("plain", "ancestral", "^--", "C1"),
+               ("prefix", "left", "s-", "C2"), ("AR teacher", None, "D:", "0.3")]
+    for who, order, style, color in writers:
+        rows = [r for r in chosen(kept["rows"], who=who) if r.get("order") == order]
+        look = {"color": color, "markersize": 4, "label": f"{who}, {order}" if order else who}
+        plain = [r for r in rows if r.get("temperature", 1) == 1]
+        by_calls.plot([r["calls"] for r in plain], [r["judge_nll"] for r in plain], style, **look)
+        same_calls = [r for r in rows if r["steps"] in (0, 32)]
+        same_calls.sort(key=lambda r: r["entropy"])
+        by_entropy.plot([r["entropy"] for r in same_calls],
+                        [r["judge_nll"] for r in same_calls], style, **look)
+    by_calls.set_xscale("log", base=2)
+    by_calls.set(xlabel="calls for 1024 characters", ylabel="judge NLL, nats a character")
+    by_calls.legend(fontsize=7)
+    by_entropy.set(xlabel="entropy in 32 calls, by temperature, nats")
+    fig.tight_layout()
+    return fig
 
 
 # --------------------------------------------------------------------------------------------------
@@ -568,8 +593,10 @@ def both_write(path):
 # The command
 
 PICTURES = {"students": lambda: student_curves(read("students")),
+            "few-steps": lambda: frontier(read("few-steps-1024")),
             "levels": lambda: loss_by_noise(read("continuous"))}
 TABLES = {"main-job": lambda: main_job(read("main-job")),
+          "docs-job": lambda: main_job(read("main-job-docs")),
           "slots": lambda: slot_table(read("students")),
           "students": lambda: student_table(read("students")),
           "thresholds": lambda: threshold_table(read("students")),
