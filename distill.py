@@ -1,6 +1,6 @@
 """Distil an autoregressive teacher into a diffusion language model.
 
-    python distill.py                 # teacher, judge, a student of each method: the whole way
+    python distill.py                 # a teacher, and a student of each method: the whole way
     python distill.py --method tcs    # one method, at full length
     python distill.py --method plain  # the same student without a teacher: the control
     python distill.py --preset laptop-smollm2 --method opdlm    # a pre-trained teacher

@@ -50,8 +50,7 @@ class Options:
     stop: str = option("", "end texts before this string")
     number: int = option(4, "texts", at_least=1)
     steps: int = option(0, "steps a block; 0: one a token", at_least=0)
-    order: str = option("", "which come first: README, The sampler; empty: left",
-                        ("", *dlm.ORDERS))
+    order: str = option("", "which tokens come together; empty: left", ("", *dlm.ORDERS))
     threshold: float = option(0.0, "all at least so sure come too", at_least=0, at_most=1)
     temperature: float = option(1.0, "below 1 sharper, 0 the likeliest", at_least=0)
     top_k: int = option(0, "draw from the K likeliest tokens; 0: from all", at_least=0)

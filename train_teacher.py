@@ -1,6 +1,6 @@
 """Train a model from text: an autoregressive teacher (the default) or a masked-diffusion model.
 
-    python train_teacher.py                    # 4 layers x 128, the Python docs in 512 byte pairs
+    python train_teacher.py                    # 4 layers x 128, stories in byte pairs
     python train_teacher.py --objective mdlm   # plain masked diffusion, the distillations' baseline
 
 Every run gets a folder under runs/ with checkpoint.pt, metrics.json and loss.png.

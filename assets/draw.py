@@ -549,7 +549,8 @@ def frontier(kept):
     by_calls.set_xscale("log", base=2)
     by_calls.set(xlabel="calls for 1024 characters", ylabel="judge NLL, nats a character")
     by_calls.legend(fontsize=7)
-    by_entropy.set(xlabel="entropy in 32 calls, by temperature, nats")
+    by_entropy.set(xlabel="entropy in 32 calls, by temperature, nats",
+                   ylabel="judge NLL, nats a character")
     fig.tight_layout()
     return fig
 
@@ -593,7 +594,7 @@ def both_write(path):
 # The command
 
 PICTURES = {"students": lambda: student_curves(read("students")),
-            "few-steps": lambda: frontier(read("few-steps-1024")),
+            "frontier": lambda: frontier(read("few-steps-1024")),
             "levels": lambda: loss_by_noise(read("continuous"))}
 TABLES = {"main-job": lambda: main_job(read("main-job")),
           "docs-job": lambda: main_job(read("main-job-docs")),
