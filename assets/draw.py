@@ -102,15 +102,17 @@ def main_job(kept):
     """What the main job's students write. Of stories it says how many are right, of text the NLL."""
     stories = "right" in kept["table"][0]
     rows = []
-    for r in kept["table"]:
+    for r in kept["table"] + kept.get("one block", []):
         untrained = r["what"].startswith("untrained")
         if r.get("threshold", 1) < 0.99 or r.get("steps") == 1:
+            continue
+        if "one block" in r["what"] and r.get("steps") not in (8, 16, 32, 64):
             continue
         if stories and r.get("steps") == 4 and not untrained:
             continue
         name = r["what"]
         if "order" in r:
-            method = name.split(",")[0]
+            method = name.split(", order")[0]
             how = f"{r['steps']} steps a block" if "steps" in r else f"threshold {r['threshold']}"
             name = f"**{method}**, {how}"
         written = "calls" in r
