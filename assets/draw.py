@@ -106,7 +106,7 @@ def main_job(kept):
         untrained = r["what"].startswith("untrained")
         if r.get("threshold", 1) < 0.99 or r.get("steps") == 1:
             continue
-        if "one block" in r["what"] and r.get("steps") not in (8, 16, 32, 64):
+        if "one block" in r["what"] and r.get("steps") not in (8, 16, 32):
             continue
         if stories and r.get("steps") == 4 and not untrained:
             continue
