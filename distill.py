@@ -44,13 +44,13 @@ RATE_AT_RANDOM = 0.02
 JUDGE_OF_TEXT = train_teacher.Options(tokenizer="char", context=128, updates=500)
 SHARES = {"tcs": 0.6, "sdtt": 0.08, "opdlm": 0.3}    # of --updates, with --method all
 RATE_PRETRAINED = 5e-5                # AdamW's
+ON_A_GPU = {"data": "docs", "context": 256, "updates": 2000, "batch_size": 32, "texts": 4096,
+            "candidates": 8, "judged": 64}
 PRESETS = {  # for pre-trained teachers: options that the command line does not give
     "laptop-smollm2": {"data": "docs", "teacher": "smollm2", "updates": 40, "batch_size": 4,
                        "texts": 160, "candidates": 8, "judged": 16},
-    "gpu-smollm2": {"data": "docs", "teacher": "smollm2", "context": 256, "updates": 2000,
-                    "batch_size": 32, "texts": 4096, "candidates": 8, "judged": 64},
-    "gpu-gpt2": {"data": "docs", "teacher": "hf:openai-community/gpt2", "context": 256,
-                 "updates": 2000, "batch_size": 32, "texts": 4096, "candidates": 8, "judged": 64}}
+    "gpu-smollm2": {"teacher": "smollm2", **ON_A_GPU},
+    "gpu-gpt2": {"teacher": "hf:openai-community/gpt2", **ON_A_GPU}}
 FLOOR = 0.9         # of held-out text's entropy: what a student writes should not fall below it
 COLLAPSED = 20      # nats, added to the validation of a student below that floor
 

@@ -682,7 +682,8 @@ def first(score, hidden, count):
 
 
 def first_of_each(score, hidden, count):
-    """The same, one in each of `count` (B, 1) equal stretches of the hidden tokens. (B, n)"""
+    """Cuts each row's hidden tokens into `count` (B, 1) equal stretches, and takes the one of
+    highest score in each. (B, n)"""
     number = (hidden.cumsum(1) - 1).clamp(min=0)             # of a hidden token among its row's
     stretch = number * count // hidden.sum(1, keepdim=True).clamp(min=1)
     place = rank(score, hidden)
@@ -775,7 +776,7 @@ class Schedule:
         if self.order == "ancestral":
             return may_come
         steps_left = self.N - step
-        k = -(-may_come.sum(1, keepdim=True) // steps_left)  # so many must come, or it ends late
+        k = -(-may_come.sum(1, keepdim=True) // steps_left)  # rounded up: the last step ends it
         of_stretches = self.order in ("left", "spread")
         take = first_of_each if of_stretches else first
         new = take(self.score(may_come, logp), may_come, k)
@@ -787,8 +788,8 @@ class Schedule:
     def score(self, may_come, logp):
         """The order, as a number for each token (B, n): the highest comes first.
 
-        With nothing to the left and all hidden the network is equally sure of all tokens. Then
-        chance decides, and not rounding.
+        Where the network is about equally sure, as of a first block of which all is hidden, chance
+        decides, and not rounding.
         """
         if self.order == "random":
             return self.shuffle
@@ -1231,8 +1232,8 @@ def judge_samples(judge, x, train_text):
     return marks
 
 
-def judge_sampling(model, B, judge, train_text, given=None, **way):
-    """Lets a model write B texts: what is said of them and what they cost -> row, texts (B, L).
+def write_at_cost(model, B, given=None, **way):
+    """Lets a model write B texts -> the way and what it cost, as a row of a table; texts (B, L).
 
     given (B, L): the state to begin with; None: all is hidden. calls: steps that reveal something
     of a text, on average, which are the calls of the network that it would need alone. seconds: of
@@ -1247,8 +1248,7 @@ def judge_sampling(model, B, judge, train_text, given=None, **way):
         calls += B if is_continuous(model) else (z != x).any(1).sum()
         x = z
     calls -= B if is_continuous(model) else 0                # the first state took none
-    cost = {"calls": int(calls) / B, "seconds": time.time() - start}
-    return {**way, **cost, **judge_samples(judge, x, train_text)}, x
+    return {**way, "calls": int(calls) / B, "seconds": time.time() - start}, x
 
 
 @torch.no_grad()

@@ -237,13 +237,14 @@ def ways_to_write(b, order="", steps=0, threshold=0.0, most=0):
     """
     if b == 1:
         return {"": {}}
-    orders = [order] if order else dlm.ORDERS
-    numbers = [steps] if steps else [2 ** k for k in range((most or b).bit_length())]
-    ways = [{"order": name, "steps": N} for name in orders for N in numbers]
-    if not steps:
-        ways += [{"order": "left", "threshold": t} for t in SURE]
     if threshold:
         ways = [{"order": order or "left", "steps": steps, "threshold": threshold}]
+    else:
+        orders = [order] if order else dlm.ORDERS
+        numbers = [steps] if steps else [2 ** k for k in range((most or b).bit_length())]
+        ways = [{"order": name, "steps": N} for name in orders for N in numbers]
+        if not steps:
+            ways += [{"order": "left", "threshold": t} for t in SURE]
     return {" ".join(f"{key} {value}" for key, value in way.items()): way for way in ways}
 
 
@@ -274,7 +275,7 @@ def compare(entrants, judge, corpus, B, seed=0):
     finish("held-out text", {}, held_out)
     for what, model, way in entrants:
         with dlm.seeded(seed):
-            row, x = dlm.judge_sampling(model, B, None, corpus.parts["train"], given, **way)
+            row, x = dlm.write_at_cost(model, B, given, **way)
             if judge:
                 row["last_word"] = last_word_accuracy(model, ends, corpus.tokenizer, **way)
         for size in (1,) if begin else (1, 32):              # 32 would take a minute

@@ -124,11 +124,12 @@ def stories(number=8000):
 
 
 def told_as(story):
-    """The names of the words of a story, in its order, and the match that holds them; or None."""
+    """The names of the words of a story, and the match that holds them, in order; or two None."""
     for form in FORMS:
         said = re.fullmatch(re.sub(r"{\w+}", r"(\\w+)", form.replace(".", r"\.")), story)
         if said:
             return re.findall(r"{(\w+)}", form), said
+    return None, None
 
 
 def faults(story):
@@ -137,9 +138,9 @@ def faults(story):
     {"form"} if it has none of the forms. Words that nobody knows, or a second person who is the
     first, are told alone, for then nothing can be computed.
     """
-    if not told_as(story):
-        return {"form"}
     names, said = told_as(story)
+    if not said:
+        return {"form"}
     pairs = [*zip(names, said.groups())]
     known = {"A": PEOPLE, "B": PEOPLE, "m": NUMBERS, "n": NUMBERS,
              "colour": COLOURS, "thing": THINGS}
@@ -158,15 +159,14 @@ def with_marks(text):
         return text
     first, *stories, last = text.split("\n")
     for i, story in enumerate(stories):
-        wrong = faults(story)
-        if wrong == {"form"}:
+        names, said = told_as(story)
+        if not said:
             stories[i] = f"*{story}*"
             continue
-        names, said = told_as(story)
-        for number in range(len(names), 0, -1):             # from the right, so that places stay
-            if names[number - 1] in wrong:
-                start, stop = said.span(number)
-                story = f"{story[:start]}*{story[start:stop]}*{story[stop:]}"
+        wrong = faults(story)
+        spans = [said.span(number) for number, name in enumerate(names, 1) if name in wrong]
+        for start, stop in reversed(spans):                 # from the right, so that places stay
+            story = f"{story[:start]}*{story[start:stop]}*{story[stop:]}"
         stories[i] = story
     return "\n".join([first, *stories, last])
 

@@ -98,35 +98,41 @@ def level(ax, y, label, style="--", color="k"):
 # --------------------------------------------------------------------------------------------------
 # The main job, and the orders of the sampler
 
+def shown(row, stories):
+    """Whether the main job's table shows a row of its metrics."""
+    if "one block" in row["what"]:
+        return row.get("steps") in (8, 16, 32)
+    if "threshold" in row:
+        return row["threshold"] == 0.99
+    trained = "steps" in row and not row["what"].startswith("untrained")
+    return row.get("steps") != 1 and not (stories and trained and row["steps"] == 4)
+
+
 def main_job(kept):
-    """What the main job's students write. Of stories it says how many are right, of text the NLL."""
+    """What the main job's students write: how many stories are right, or the judge NLL of text."""
     stories = "right" in kept["table"][0]
     rows = []
     for r in kept["table"] + kept.get("one block", []):
-        untrained = r["what"].startswith("untrained")
-        if r.get("threshold", 1) < 0.99 or r.get("steps") == 1:
-            continue
-        if "one block" in r["what"] and r.get("steps") not in (8, 16, 32):
-            continue
-        if stories and r.get("steps") == 4 and not untrained:
+        if not shown(r, stories):
             continue
         name = r["what"]
         if "order" in r:
             method = name.split(", order")[0]
             how = f"{r['steps']} steps a block" if "steps" in r else f"threshold {r['threshold']}"
             name = f"**{method}**, {how}"
-        written = "calls" in r
-        calls = f"{r['calls']:.0f}" if written else ""
-        seconds = [f"{r[key][1]:.3f}" if written else "" for key in ("seconds_1", "seconds_32")]
-        quality = [f"{r['judge_nll']:.2f}"] if not stories else ["100%"]
-        if stories and written:
-            quality = [f"{r['right']:.1%} ± {r['right_se']:.1%}"]
-        quality.append(f"{r['entropy']:.2f}")
+        calls, seconds, right = "", ["", ""], "100%"               # of held-out text
+        if "calls" in r:
+            calls = f"{r['calls']:.0f}"
+            seconds = [f"{r[key][1]:.3f}" for key in ("seconds_1", "seconds_32")]
+        if stories and calls:
+            right = f"{r['right']:.1%} ± {r['right_se']:.1%}"
+        entropy = f"{r['entropy']:.2f}"
+        quality = [right, entropy]
         if not stories:
-            quality.append(f"{r['copied']:.1%}")
+            quality = [f"{r['judge_nll']:.2f}", entropy, f"{r['copied']:.1%}"]
         rows.append([name, calls, *quality, *seconds])
-    quality = ["right", "entropy"] if stories else ["judge NLL", "entropy", "8-grams copied"]
-    return markdown(["who writes", "calls a text", *quality, "seconds: one text", "32 texts"], rows)
+    columns = ["right", "entropy"] if stories else ["judge NLL", "entropy", "8-grams copied"]
+    return markdown(["who writes", "calls a text", *columns, "seconds: one text", "32 texts"], rows)
 
 
 def orders(few):
@@ -448,7 +454,8 @@ def pretrained_table(kept):
     rows = [["the AR model itself", *(f"{nats:.2f}" for nats in ar), judge, "", ""]]
     untrained = [kept["untrained"]["mean"][text] for text in TEXTS]
     rows.append(["opened, untrained", *(f"{nats:.2f}" for nats in untrained), "", "", ""])
-    for name, label in {"plain": "plain", "prefix": "prefix", "tcs": "TCS", "opdlm": "OPDLM"}.items():
+    labels = {"plain": "plain", "prefix": "prefix", "tcs": "TCS", "opdlm": "OPDLM"}
+    for name, label in labels.items():
         runs = chosen(kept["runs"], method=name)
         bounds = [stated(runs, lambda run: (per_char(run)[i], 0), 3) for i in range(3)]
         quality = [stated(runs, lambda run: judged(run["table"][row])) for row in (2, 3)]
@@ -521,12 +528,10 @@ def long_texts(kept):
     rows = []
     for r in kept["rows"]:
         calls = f"{r['calls']:.0f}" if "calls" in r else ""
-        how = r.get("order") or ""
-        if "threshold" in r:
-            how += f", threshold {r['threshold']}"
-        if r.get("temperature", 1) != 1:
-            how += f", temperature {r['temperature']}"
-        rows.append([r["who"], how.removeprefix(", "), calls, f"{r['judge_nll']:.2f} ± {r['judge_se']:.2f}",
+        how = [r["order"]] if r.get("order") else []
+        if "temperature" in r:
+            how.append(f"temperature {r['temperature']}")
+        rows.append([r["who"], ", ".join(how), calls, f"{r['judge_nll']:.2f} ± {r['judge_se']:.2f}",
                      f"{r['entropy']:.2f}", f"{r['bigram_entropy']:.2f}", f"{r['distinct_4']:.2f}",
                      f"{r['copied']:.0%}"])
     head = ["who writes", "order", "calls", "judge NLL", "entropy", "of bigrams",
@@ -566,6 +571,10 @@ LINES = 6           # that a text may take
 
 def writing(title, path, way):
     """The states of one text that a shipped model writes, as cells of sample.py."""
+    import torch
+
+    import dlm
+    import sample
     model, tokenizer, _ = sample.load(HERE / path, "", "cpu")
     given = [False] * model.L
     hidden = torch.full((1, model.L), model.V)
@@ -584,12 +593,10 @@ def writing(title, path, way):
 
 def both_write(path):
     """An AR and a diffusion model write as many tokens, one above the other; a frame is a call."""
-    both = [writing(title, *how) for title, how in WRITERS.items()]
-    calls = max(map(len, both))
-    frames = []
-    for call in range(calls):
-        frames.append(sum((its_own[min(call, len(its_own) - 1)] for its_own in both), []))
-    sample.draw_gif(frames, path)
+    import sample
+    one, other = [writing(title, *how) for title, how in WRITERS.items()]
+    other += other[-1:] * (len(one) - len(other))           # it is finished, and waits
+    sample.draw_gif([above + below for above, below in zip(one, other)], path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -621,9 +628,6 @@ def with_tables(text):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    import dlm
-    import sample
-    import torch
     from train_teacher import save_figure
     both_write(HERE / "resolving.gif")
     for name, draw in PICTURES.items():

@@ -236,7 +236,7 @@ def test_given_tokens_stay_and_nothing_stays_hidden(b, N):
 
 
 def test_calls_are_steps_in_each_block():
-    row, _ = dlm.judge_sampling(model(b=2, L=8), 4, None, torch.zeros(50).long(), steps=5)
+    row, _ = dlm.write_at_cost(model(b=2, L=8), 4, steps=5)
     assert row["calls"] == 20
 
 

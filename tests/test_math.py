@@ -1529,11 +1529,9 @@ def test_top_p_is_of_what_top_k_leaves():
 def test_calls_are_those_that_reveal_something():
     """A text costs the calls that it would need alone, whatever stands beside it in the batch."""
     model = random_model(4, L=16, dtype=torch.float32)
-    judge = random_model(1, L=16, dtype=torch.float32)
-    train_text = torch.randint(V, (100,))
     for way in ({"threshold": 0.5}, {"steps": 8, "order": "ancestral"}, {"steps": 2}):
         noise = torch.rand(6, 16, 2)
-        row, _ = dlm.judge_sampling(model, 6, judge, train_text, noise=noise, **way)
+        row, _ = dlm.write_at_cost(model, 6, noise=noise, **way)
         with dlm.counting(model) as count:
             for its_noise in noise.split(1):
                 dlm.generate(model, 1, noise=its_noise, **way)
