@@ -45,10 +45,10 @@ JUDGE_OF_TEXT = train_teacher.Options(tokenizer="char", context=128, updates=500
 SHARES = {"tcs": 0.6, "sdtt": 0.08, "opdlm": 0.3}    # of --updates, with --method all
 RATE_PRETRAINED = 5e-5                # AdamW's
 ON_A_GPU = {"data": "docs", "context": 256, "updates": 2000, "batch_size": 32, "texts": 4096,
-            "candidates": 8, "judged": 64}
+            "block": 16, "candidates": 4, "judged": 64}
 PRESETS = {  # for pre-trained teachers: options that the command line does not give
-    "laptop-smollm2": {"data": "docs", "teacher": "smollm2", "updates": 40, "batch_size": 4,
-                       "texts": 160, "candidates": 8, "judged": 16},
+    "laptop-smollm2": {"data": "docs", "teacher": "smollm2", "block": 16, "updates": 120,
+                       "batch_size": 4, "texts": 160, "candidates": 4, "judged": 16},
     "gpu-smollm2": {"teacher": "smollm2", **ON_A_GPU},
     "gpu-gpt2": {"teacher": "hf:openai-community/gpt2", **ON_A_GPU}}
 FLOOR = 0.9         # of held-out text's entropy: what a student writes should not fall below it
@@ -72,7 +72,8 @@ class Options(train_teacher.RunOptions):
                           "transformers saved; empty: the one in runs/, trained if missing")
     context: int = option(64, "tokens of a text, if the teacher is a pre-trained one", at_least=2)
     student: str = option("ar", "start from: ar (the teacher's weights), random, or a checkpoint")
-    block: int = option(4, "block length b of the student; 0 is the whole context", at_least=0)
+    block: int = option(4, "block length b of the student; 0: the whole context; 1, with plain: "
+                       "the AR model itself, trained on", at_least=0)
     updates: int = option(1000, "updates of the weights", at_least=1)
     batch_size: int = option(8, "texts an update", at_least=1)
     lr: float = option(0.0, "Muon's learning rate; AdamW's is 0.15 of it; 0: .002, for stories "
@@ -156,6 +157,9 @@ def choose_method(o):
         rate = RATE_PRETRAINED
     o = dataclasses.replace(o, states=o.states or states, target=o.target or target,
                             lr=o.lr or rate)
+    if o.block == 1 and (o.states, o.target) != ("data", "onehot"):
+        raise UserError("--block 1: that is the AR model itself, and goes with --method plain; "
+                        "use 2 or more, or 0 for all")
     if o.divergence == "reverse" and o.target not in ("prefix", "later"):
         raise UserError("--divergence reverse: infinite where the target is one-hot; "
                         "use forward, tvd or mse")
@@ -327,8 +331,6 @@ def load_models(o, device, folder, ckpt):
 def make_student(o, teacher, tokenizer, device):
     """The student with the weights that it starts from."""
     b = o.block or teacher.L
-    if b == 1:
-        raise UserError("--block 1: that is the AR model itself; use 2 or more, or 0 for all")
     start = teacher
     if o.student not in ("ar", "random"):
         start, its_tokenizer, _ = train_teacher.load(o.student, "--student", device)
@@ -376,11 +378,10 @@ def let_write(name, model, teacher, judge, corpus, o, most):
     if dlm.is_continuous(model):
         ways = sample.ways_from_noise()
     if isinstance(model, train_teacher.Pretrained):          # each takes a minute
-        ways = {"one token a step": {"order": "left"},
-                "two": {"order": "left", "steps": max(1, model.b // 2)},
-                "threshold 0.7": {"order": "left", "threshold": 0.7}}
+        ways = {f"{k} a step": {"order": "left", "steps": model.b // k}
+                for k in (1, 2, 4) if model.b % k == 0}
     entrants = [("AR teacher", teacher, {})]
-    entrants += [(f"{name}, {way_name}", model, way) for way_name, way in ways.items()]
+    entrants += [(f"{name}, {way_name}".strip(", "), model, way) for way_name, way in ways.items()]
     return sample.compare(entrants, judge, corpus, o.judged if judge else 4 * o.judged)
 
 

@@ -336,18 +336,23 @@ def bench(o):
     judge = load_judge(o, first, tokenizer)
     if not judge and data != "stories":
         raise UserError("--bench: wants a judge; name an AR run with --judge")
-    warping = {"temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p}
     entrants = []
     for path, (model, its_tokenizer, _) in zip(paths, loaded):
         same_vocabulary(f"--bench {path}", its_tokenizer, model, paths[0], tokenizer, first)
-        ways = ways_to_write(model.b, o.order, o.steps, o.threshold)
-        if dlm.is_continuous(model):
-            ways = ways_from_noise(o.steps)
-        for name, way in ways.items():
-            entrants.append((f"{Path(path).stem} {name}".strip(), model, {**way, **warping}))
+        entrants += bench_entrants(o, path, model)
     corpus = load_corpus(data, tokenizer, first.L)
     rows = compare(entrants, judge, corpus, o.texts, o.seed)
     write_json(f"{o.out}/bench.json", {"options": vars(o), "versions": versions(), "rows": rows})
+
+
+def bench_entrants(o, path, model):
+    """The rows of one model: names, the model, and how it writes."""
+    ways = ways_to_write(model.b, o.order, o.steps, o.threshold)
+    if dlm.is_continuous(model):
+        ways = ways_from_noise(o.steps)
+    warping = {"temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p}
+    return [(f"{Path(path).stem} {name}".strip(), model, {**way, **warping})
+            for name, way in ways.items()]
 
 
 def load_judge(o, model, tokenizer):

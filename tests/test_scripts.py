@@ -425,6 +425,22 @@ def test_sdtt_says_what_it_does_with_other_numbers(call, monkeypatch):
     assert "2 steps a block become 1" in out and metrics("few-1steps")["options"]["steps"] == 2
 
 
+def test_a_student_of_blocks_of_one_is_the_ar_model_trained_on(call, monkeypatch):
+    """The control of a student: it begins as the teacher, and what comes of it can teach."""
+    no_pictures(monkeypatch)
+    one = f"{TEXT} --method plain --block 1"
+    assert call("distill", f"{one} --updates 1 --lr 1e-12 --out same")[0] == 0
+    metrics_of_teacher, metrics_of_student = metrics(AR), metrics("same")
+    assert metrics_of_student["block"] == 1 and metrics_of_student["parameters"] == \
+        metrics_of_teacher["parameters"]
+    assert metrics_of_student["test_nats_per_token"] == pytest.approx(
+        metrics_of_teacher["test_nats_per_token"], abs=1e-4)
+    assert call("distill", f"{one} --updates 40 --lr 0.002 --out better")[0] == 0
+    assert metrics("better")["history"][-1][2] < metrics("better")["history"][0][2]
+    assert call("distill", f"{TEXT} --method plain --block 4 --updates 1 --teacher better "
+                "--out student")[0] == 0
+
+
 @pytest.mark.parametrize("argv, named", [
     ("--fewest 4", "--steps"), ("--k 8", "--steps"), ("--steps 1", "--steps"),
     ("--divergence reverse", "--divergence")])
@@ -1124,7 +1140,8 @@ WRONG_IN_DISTILLING = [
     "--states rollout --method tcs", "--states whole", "--target top",
     "--target onehot --method all", "--target onehot --states rollout",
     "--target topk --method opdlm", "--target exact --states rollout", "--divergence kl",
-    "--divergence reverse", "--block 17", "--block 1", "--block -4", "--block 5 --method opdlm",
+    "--divergence reverse", "--block 17", "--block 1 --method tcs", "--block 1 --method all",
+    "--block -4", "--block 5 --method opdlm",
     "--candidates 0", "--texts 3", "--fraction nan", "--fraction -1", "--fraction 1.01",
     "--updates 0", "--batch_size 0", "--lr nan", "--tokenizer word", "--order ancestral",
     f"--teacher {TCS}", f"--teacher {MDLM}", "--teacher runs/other", "--teacher runs/short",
