@@ -104,8 +104,9 @@ def shown(row, stories):
         return row.get("steps") in (8, 16, 32)
     if "threshold" in row:
         return row["threshold"] == 0.99
-    trained = "steps" in row and not row["what"].startswith("untrained")
-    return row.get("steps") != 1 and not (stories and trained and row["steps"] == 4)
+    if stories and "steps" in row:
+        return row["what"].startswith("untrained") and row["steps"] == 4
+    return row.get("steps") != 1
 
 
 def main_job(kept):
@@ -119,6 +120,8 @@ def main_job(kept):
         if "order" in r:
             method = name.split(", order")[0]
             how = f"{r['steps']} steps a block" if "steps" in r else f"threshold {r['threshold']}"
+            if stories:
+                how = "one token a step" if "steps" in r else f"{r['threshold']:.0%} sure"
             name = f"**{method}**, {how}"
         calls, seconds, right = "", ["", ""], "100%"               # of held-out text
         if "calls" in r:
@@ -131,8 +134,26 @@ def main_job(kept):
         if not stories:
             quality = [f"{r['judge_nll']:.2f}", entropy, f"{r['copied']:.1%}"]
         rows.append([name, calls, *quality, *seconds])
-    columns = ["right", "entropy"] if stories else ["judge NLL", "entropy", "8-grams copied"]
-    return markdown(["who writes", "calls a text", *columns, "seconds: one text", "32 texts"], rows)
+    columns = ["judge NLL", "entropy", "8-grams copied"]
+    if stories:
+        columns = ["stories right", "entropy"]
+    return markdown(["who writes", "calls a text", *columns, "seconds, 1 text", "32 texts"], rows)
+
+
+ON_PROSE = {"untrained": "untrained, blocks of four", "TCS": "TCS, blocks of four",
+            "OPDLM": "OPDLM, blocks of four", "plain, one block": "`plain`, one block of 64",
+            "prefix, one block": "`prefix`, one block of 64"}
+
+
+def prose(kept):
+    """The main job on prose: judge NLL by tokens a step, in blocks of four and in one of 64."""
+    ar = chosen(kept["table"], what="AR teacher")[0]
+    rows = [["AR teacher", f"{ar['judge_nll']:.2f}", "", ""]]
+    for name, label in ON_PROSE.items():
+        by_calls = {r["calls"]: f"{r['judge_nll']:.2f}" for r in kept["table"] + kept["one block"]
+                    if r["what"].startswith(f"{name}, order left steps")}
+        rows.append([label, *(by_calls[calls] for calls in (64, 32, 16))])
+    return markdown(["who writes", "one token a step", "two", "four"], rows)
 
 
 def orders(few):
@@ -289,9 +310,12 @@ def quality(rows):
 # --------------------------------------------------------------------------------------------------
 # Students that read where their teacher reads
 
-STUDENTS = {"opdlm": ("OPDLM", "ko-"), "tcs": ("TCS", "kD-."), "prefix": ("prefix", "ks:"),
-            "plain": ("plain", "k^--"), "own": ("own slot, rate .02", "kv-"),
-            "own-low": ("own slot, rate .006", "kv:")}
+STUDENTS = {"opdlm": ("OPDLM", "o-"), "tcs": ("TCS", "D-."), "prefix": ("prefix", "s:"),
+            "plain": ("plain", "^--"), "own": ("own slot, rate .02", "v-"),
+            "own-low": ("own slot, rate .006", "v:")}
+# From dark to light, so that they differ in grey, too.
+INKS = {"opdlm": "#440154", "tcs": "#31688e", "prefix": "#2a9d6f", "plain": "#e08214",
+        "own": "0.4", "own-low": "0.65"}
 UPDATES = (50, 200, 1000)
 ONE, SURE, TWO, FOUR = "one", "surest", "two", "four"      # tokens a step: left first, surest first
 
@@ -332,7 +356,7 @@ def by_updates(ax, kept, data, way, title):
     for name, (label, style) in STUDENTS.items():
         runs = students(kept, data, name)
         points = [mean_of(runs, written(way, n)) for n in UPDATES]
-        errorbars(ax, UPDATES, points, style, label)
+        errorbars(ax, UPDATES, points, style, label, color=INKS[name])
     ar = kept["ar"][data]
     level(ax, ar.get("right", ar.get("judge_nll")), "AR teacher", ":")
     label = "judge NLL, nats per token" if data == "docs" else "share of stories that are right"
@@ -346,8 +370,9 @@ def student_curves(kept):
     for ax, (data, way) in zip(axes.flat, itertools.product(("docs", "stories"), (ONE, TWO))):
         number = "one token a step, from the left" if way == ONE else "two tokens a step"
         by_updates(ax, kept, data, way, f"{data}, {number}")
-    axes[0, 0].legend(fontsize=7)
-    fig.tight_layout()
+    axes[0, 0].set_ylim(2.65, 3.65)                          # above it one's own slot goes on
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=7, fontsize=8)
+    fig.tight_layout(rect=(0, 0.04, 1, 1))
     return fig
 
 
@@ -606,6 +631,7 @@ PICTURES = {"students": lambda: student_curves(read("students")),
             "frontier": lambda: frontier(read("few-steps-1024")),
             "levels": lambda: loss_by_noise(read("continuous"))}
 TABLES = {"main-job": lambda: main_job(read("main-job")),
+          "prose": lambda: prose(read("main-job-docs")),
           "docs-job": lambda: main_job(read("main-job-docs")),
           "slots": lambda: slot_table(read("students")),
           "students": lambda: student_table(read("students")),
