@@ -1178,6 +1178,40 @@ def bound(model, x, repeats=1, seed=0, neighbours=1):
     return each.mean().item(), (pieces.std() / len(pieces) ** 0.5).item()
 
 
+@torch.no_grad()
+def nll_in_steps(model, x, steps=0):
+    """Exact negative log-likelihood of texts x (n, L) for the sampler: mean, standard error.
+
+    In nats per token. `sample` in the order `left` reveals tokens in steps that do not depend on
+    the text. So its p(x) is the product of what the network says of each token in the step that
+    reveals it, and all is counted that is lost because tokens of one step do not know of each
+    other. steps: of a block; 0: one a token, from left to right as an AR model.
+    """
+    reveals = left_steps(x.size(1), model.b, steps).to(x.device)                # (L,)
+    nll = torch.zeros(len(x), device=x.device, dtype=model.embedding.weight.dtype)
+    for rows in torch.arange(len(x), device=x.device).split(at_once(model)):
+        for step in reveals.unique():
+            z = torch.where(reveals >= step, model.V, x[rows])
+            logp = of_tokens(model(x[rows], z), x[rows])                        # (rows, L)
+            nll[rows] -= logp[:, reveals == step].sum(1) / x.size(1)
+    return nll.mean().item(), (nll.std() / len(nll) ** 0.5).item()
+
+
+def left_steps(L, b, steps):
+    """The step in which the order `left` reveals each token of a text: (L,)."""
+    of_tokens = []
+    for start in range(0, L, b):
+        hidden = torch.ones(1, min(b, L - start), dtype=torch.bool)
+        schedule = Schedule("left", steps, 0.0, torch.zeros(hidden.shape))
+        step_of = torch.zeros(hidden.size(1), dtype=torch.long)
+        for step in range(schedule.N):
+            new = schedule.choose(step, hidden, torch.zeros(int(hidden.sum()), 1))
+            step_of[new[0]] = step
+            hidden = hidden & ~new
+        of_tokens.append(step_of)
+    return torch.cat(of_tokens)
+
+
 def states_of(model, x):
     """States such as plain diffusion trains on."""
     return noisy_states(model, x) if is_continuous(model) else hide(x, model.b, model.V)

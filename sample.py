@@ -38,7 +38,7 @@ PROSE = {"judge": ("judge_nll", "{:.3f}"), "bigrams": ("bigram_entropy", "{:.2f}
          "copied": ("copied", "{:.1%}"), "last word": ("last_word", "{:.0%}")}
 STORIES = {"right": ("right", "{:.1%}"), "distinct": ("distinct", "{:.1%}"),
            "known": ("known", "{:.1%}")}
-ALL = {"entropy": ("entropy", "{:.2f}"), "calls": ("calls", "{:.1f}"),
+ALL = {"text": ("nll", "{:.3f}"), "entropy": ("entropy", "{:.2f}"), "calls": ("calls", "{:.1f}"),
        "1 text": ("seconds_1", "{[1]:.3f} s"), "32 texts": ("seconds_32", "{[1]:.3f} s")}
 
 
@@ -257,7 +257,7 @@ def compare(entrants, judge, corpus, B, seed=0):
     """Lets each (name, model, way) write B texts, and prints a table row by row -> its rows.
 
     Rows say what the texts are like, what they cost, and hold the first four of them. The first row
-    is held-out text. judge: a model with its tokenizer, as `load` gives them; None for stories,
+    is held-out text, and `nll` is what 128 texts of it cost a model that writes in this way. judge: a model with its tokenizer, as `load` gives them; None for stories,
     since each of them is right or wrong.
     """
     model = entrants[0][1]
@@ -276,12 +276,23 @@ def compare(entrants, judge, corpus, B, seed=0):
     for what, model, way in entrants:
         with dlm.seeded(seed):
             row, x = dlm.write_at_cost(model, B, given, **way)
+            row |= cost_of_text(model, held_out[:128], way)
             if judge:
                 row["last_word"] = last_word_accuracy(model, ends, corpus.tokenizer, **way)
         for size in (1,) if begin else (1, 32):              # 32 would take a minute
             row[f"seconds_{size}"] = timed(lambda: dlm.generate(model, size, **way).cpu())
         finish(what, row, x)
     return rows
+
+
+def cost_of_text(model, x, way):
+    """What texts x (n, L) cost a sampler, in nats a token. Known exactly in the order `left`."""
+    usual = {"order": "left", "threshold": 0.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    steps = way.get("steps", 0)
+    if dlm.is_continuous(model) or {**usual, **way, "steps": 0} != {**usual, "steps": 0}:
+        return {}
+    nll, error = dlm.nll_in_steps(model, x, steps)
+    return {"nll": nll, "nll_se": error}
 
 
 def marks(x, judge, corpus):

@@ -578,6 +578,31 @@ def test_threshold_follows_its_law(make, order, threshold, only_true_ties):
         assert follow(x, law_of_order(model, **way)), (b, N)
 
 
+@both_models
+@pytest.mark.parametrize("b, N", [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3), (3, 2)])
+def test_a_text_costs_what_the_sampler_makes_it_likely(make, b, N):
+    """Beside the law of the order `left`, by following every path; steps of 3 + 1 tokens too."""
+    model = make(b)
+    law = collections.Counter()
+    for q, (*_, text) in writings(model, (MASK,) * L, "left", N):
+        law[text] += q
+    for text in TEXTS[::7]:
+        mean, _ = dlm.nll_in_steps(model, text.repeat(2, 1), N)
+        assert math.exp(-L * mean) == pytest.approx(law[tuple(text.tolist())], rel=1e-6)
+    mean, error = dlm.nll_in_steps(model, TEXTS, N)
+    each = torch.tensor([-math.log(law[tuple(text)]) / L for text in TEXTS.tolist()])
+    assert mean == pytest.approx(each.mean().item(), rel=1e-6)
+    assert error == pytest.approx(each.std().item() / len(each) ** 0.5, rel=1e-5)
+
+
+def test_one_token_a_step_costs_a_perfect_student_what_it_costs_the_ar_model():
+    """By the chain rule; and fewer steps cost more, since tokens of a step are not independent."""
+    x = source().draw(500, torch.Generator().manual_seed(0))
+    ar, _ = dlm.nll_in_steps(source(1), x)
+    costs = [dlm.nll_in_steps(source(L), x, N)[0] for N in (L, 2, 1)]
+    assert costs[0] == pytest.approx(ar, rel=1e-9) and ar < costs[1] < costs[2]
+
+
 # --- the sampler: what holds for every text -------------------------------------------------------
 
 @both_models

@@ -725,6 +725,16 @@ def test_bench_narrowed(call, narrower, ways):
     assert [(r["order"], r.get("steps"), r.get("threshold")) for r in rows] == ways
 
 
+def test_what_text_costs_is_said_where_it_is_known_exactly(call):
+    """By the AR model, and by students from the left; fewer steps leave more to chance."""
+    (held_out, ar, *rows), _ = rows_of_bench(call, f"--bench {AR},{TCS}")
+    assert "nll" not in held_out
+    assert ar["nll"] == pytest.approx(metrics(AR)["test_nats_per_token"], abs=0.2)
+    known = {r["steps"]: r["nll"] for r in rows if "nll" in r}
+    assert [r["order"] for r in rows if "nll" in r] == ["left"] * 3 and known[4] < known[1]
+    assert not any("nll" in r for r in rows_of_bench(call, f"--bench {AR} --temperature 0.9")[0])
+
+
 def test_bench_draws_as_it_is_told(call):
     (_, ar), _ = rows_of_bench(call, f"--bench {AR} --top_k 1")
     assert ar["distinct_2"] <= 1 / 8                                # eight times one text
