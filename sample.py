@@ -257,8 +257,9 @@ def compare(entrants, judge, corpus, B, seed=0):
     """Lets each (name, model, way) write B texts, and prints a table row by row -> its rows.
 
     Rows say what the texts are like, what they cost, and hold the first four of them. The first row
-    is held-out text, and `nll` is what 128 texts of it cost a model that writes in this way. judge: a model with its tokenizer, as `load` gives them; None for stories,
-    since each of them is right or wrong.
+    is held-out text, and `nll` is what 128 texts of it cost a model that writes in this way. judge:
+    a model with its tokenizer, as `load` gives them; None for stories, since each of them is right
+    or wrong.
     """
     model = entrants[0][1]
     held_out = consecutive(corpus.parts["test"], model.L, B).to(model.embedding.weight.device)

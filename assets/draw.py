@@ -130,11 +130,12 @@ def main_job(kept):
         if stories and calls:
             right = f"{r['right']:.1%} ± {r['right_se']:.1%}"
         entropy = f"{r['entropy']:.2f}"
+        text = f"{r['nll']:.2f}" if "nll" in r else ""
         quality = [right, entropy]
         if not stories:
-            quality = [f"{r['judge_nll']:.2f}", entropy, f"{r['copied']:.1%}"]
+            quality = [text, f"{r['judge_nll']:.2f}", entropy, f"{r['copied']:.1%}"]
         rows.append([name, calls, *quality, *seconds])
-    columns = ["judge NLL", "entropy", "8-grams copied"]
+    columns = ["text costs", "judge NLL", "entropy", "8-grams copied"]
     if stories:
         columns = ["stories right", "entropy"]
     return markdown(["who writes", "calls a text", *columns, "seconds, 1 text", "32 texts"], rows)
@@ -146,14 +147,16 @@ ON_PROSE = {"untrained": "untrained, blocks of four", "TCS": "TCS, blocks of fou
 
 
 def prose(kept):
-    """The main job on prose: judge NLL by tokens a step, in blocks of four and in one of 64."""
+    """The main job on prose by tokens a step: what text costs a model, and its texts the judge."""
     ar = chosen(kept["table"], what="AR teacher")[0]
-    rows = [["AR teacher", f"{ar['judge_nll']:.2f}", "", ""]]
+    rows = [["AR teacher", f"{ar['nll']:.2f}", "", "", f"{ar['judge_nll']:.2f}", "", ""]]
     for name, label in ON_PROSE.items():
-        by_calls = {r["calls"]: f"{r['judge_nll']:.2f}" for r in kept["table"] + kept["one block"]
+        by_calls = {r["calls"]: r for r in kept["table"] + kept["one block"]
                     if r["what"].startswith(f"{name}, order left steps")}
-        rows.append([label, *(by_calls[calls] for calls in (64, 32, 16))])
-    return markdown(["who writes", "one token a step", "two", "four"], rows)
+        rows.append([label, *(f"{by_calls[calls][key]:.2f}"
+                              for key in ("nll", "judge_nll") for calls in (64, 32, 16))])
+    head = ["tokens a step:", "text costs it: 1", "2", "4", "its texts cost a judge: 1", "2", "4"]
+    return markdown(head, rows)
 
 
 def orders(few):
@@ -489,6 +492,53 @@ def pretrained_table(kept):
     return markdown(head, rows)
 
 
+SMOLLM2 = {("ar, trained on", 1): "SmolLM2, trained on as many", ("ar", 1): "SmolLM2",
+           ("plain", 16): "`plain`", ("prefix", 16): "`prefix`"}
+MORE_OF_SMOLLM2 = {("opdlm", 16): "`opdlm`", ("plain", 4): "`plain`, blocks of four"}
+
+
+def of_seeds(runs, *keys):
+    """The mean over runs of what stands under these keys: `3.02`, or nothing."""
+    values = []
+    for value in runs:
+        for key in keys:
+            value = value.get(key, {})
+        if value:
+            values.append(value)
+    return f"{fmean(values):.2f}" if values else ""
+
+
+def smollm2(kept):
+    """SmolLM2 in blocks of sixteen: what text costs it, and what it writes, by calls."""
+    of_one_text = chosen(kept["sixteen"]["seconds"], batch=1)
+    seconds = {(r["who"], r["calls"]): r["seconds"] for r in of_one_text}
+    rows = []
+    for (who, block), label in SMOLLM2.items():
+        runs = chosen(kept["sixteen"]["models"], who=who, block=block)
+        for calls in ("48", "24", "12") if block > 1 else ("48",):
+            text = of_seeds(runs, "text", calls, "per_char")
+            written = of_seeds(runs, "written", calls, "tuned_nll")
+            kind = "ar" if block == 1 else "student"
+            rows.append([label, calls, text, written, f"{seconds[kind, calls]:.1f}"])
+    return markdown(["", "calls", "text costs it", "its texts cost", "seconds"], rows)
+
+
+def sixteen(kept):
+    """The same with more methods and measures."""
+    rows = []
+    for (who, block), label in {**SMOLLM2, **MORE_OF_SMOLLM2}.items():
+        runs = chosen(kept["sixteen"]["models"], who=who, block=block)
+        row = [label]
+        for measure in (("text", "per_char"), ("written", "tuned_nll"), ("written", "judge_nll")):
+            of_calls = [of_seeds(runs, measure[0], n, measure[1]) for n in ("48", "24", "12")]
+            row.append(" / ".join(filter(None, of_calls)))
+        bounds = [of_seeds(runs, "bounds", text) for text in TEXTS]
+        rows.append([*row, *bounds, str(len(runs))])
+    head = ["", "text costs it", "its texts cost: the AR model trained on", "a small AR judge",
+            "bound: `docs`", "Shakespeare", "RESULTS.md", "seeds"]
+    return markdown(head, rows)
+
+
 def loss_by_noise(kept):
     """What noise of each level costs: the student, the noise alone, and the fitted curve."""
     import torch
@@ -543,6 +593,19 @@ def rules(kept):
                        if "steps" not in r]
         rows.append([rule, *(by_steps.get(n, "") for n in (8, 16, 32)), *(at_own_pace or [""])])
     return markdown(["each step reveals", "8 steps", "16", "32", "at its own pace"], rows)
+
+
+def costs(kept):
+    """What held-out text costs the shipped models, by calls, exactly; and in random order."""
+    names = {"ar": "AR teacher", "opdlm": "OPDLM, blocks of four", "denoiser": "one block of 64"}
+    calls = [str(2 ** k) for k in range(7)]
+    rows = []
+    for name, label in names.items():
+        its = kept["text costs"][name]
+        cells = [f"{its[n][0]:.2f}" if n in its else "" for n in calls]
+        bound = f"{its['bound'][0]:.2f}" if name != "ar" else ""
+        rows.append([label, *cells, bound])
+    return markdown(["calls:", *calls, "64, in random order"], rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -639,11 +702,14 @@ TABLES = {"main-job": lambda: main_job(read("main-job")),
           "blocks": lambda: block_table(read("students")),
           "long": lambda: long_table(read("students")),
           "pretrained": lambda: pretrained_table(read("pretrained")),
+          "smollm2": lambda: smollm2(read("pretrained")),
+          "sixteen": lambda: sixteen(read("pretrained")),
           "continuous": lambda: continuous_table(read("continuous")),
           "shares": lambda: shares(read("tcs")),
           "rounds": lambda: rounds(read("few-steps"), read("sdtt")),
           "orders": lambda: orders(read("few-steps")),
           "rules": lambda: rules(read("rules")),
+          "costs": lambda: costs(read("rules")),
           "1024": lambda: long_texts(read("few-steps-1024"))}
 
 
