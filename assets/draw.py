@@ -520,7 +520,9 @@ def smollm2(kept):
             written = of_seeds(runs, "written", calls, "tuned_nll")
             kind = "ar" if block == 1 else "student"
             rows.append([label, calls, text, written, f"{seconds[kind, calls]:.1f}"])
-    return markdown(["", "calls", "text costs it", "its texts cost", "seconds"], rows)
+    head = ["", "calls", "text costs it, nats a character", "its texts cost a judge, nats a token",
+            "seconds"]
+    return markdown(head, rows)
 
 
 def sixteen(kept):
