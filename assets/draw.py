@@ -492,7 +492,7 @@ def pretrained_table(kept):
     return markdown(head, rows)
 
 
-SMOLLM2 = {("ar, trained on", 1): "SmolLM2, trained on as many", ("ar", 1): "SmolLM2",
+SMOLLM2 = {("ar, trained on", 1): "SmolLM2, trained on as much", ("ar", 1): "SmolLM2",
            ("plain", 16): "`plain`", ("prefix", 16): "`prefix`"}
 MORE_OF_SMOLLM2 = {("opdlm", 16): "`opdlm`", ("plain", 4): "`plain`, blocks of four"}
 
@@ -515,7 +515,7 @@ def smollm2(kept):
     rows = []
     for (who, block), label in SMOLLM2.items():
         runs = chosen(kept["sixteen"]["models"], who=who, block=block)
-        for calls in ("48", "24", "12") if block > 1 else ("48",):
+        for calls in ("48", "24") if block > 1 else ("48",):
             text = of_seeds(runs, "text", calls, "per_char")
             written = of_seeds(runs, "written", calls, "tuned_nll")
             kind = "ar" if block == 1 else "student"
