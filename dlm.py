@@ -1199,7 +1199,7 @@ def nll_in_steps(model, x, steps=0):
 
 def left_steps(L, b, steps):
     """The step in which the order `left` reveals each token of a text: (L,)."""
-    of_tokens = []
+    blocks = []
     for start in range(0, L, b):
         hidden = torch.ones(1, min(b, L - start), dtype=torch.bool)
         schedule = Schedule("left", steps, 0.0, torch.zeros(hidden.shape))
@@ -1208,8 +1208,8 @@ def left_steps(L, b, steps):
             new = schedule.choose(step, hidden, torch.zeros(int(hidden.sum()), 1))
             step_of[new[0]] = step
             hidden = hidden & ~new
-        of_tokens.append(step_of)
-    return torch.cat(of_tokens)
+        blocks.append(step_of)
+    return torch.cat(blocks)
 
 
 def states_of(model, x):
