@@ -3,6 +3,7 @@
 Each function takes what its JSON file holds and returns a figure, or a table as Markdown. The
 command draws the PICTURES and writes the TABLES into the PAGES.
 """
+import functools
 import itertools
 import json
 import re
@@ -498,14 +499,12 @@ MORE_OF_SMOLLM2 = {("opdlm", 16): "`opdlm`", ("plain", 4): "`plain`, blocks of f
 
 
 def of_seeds(runs, *keys):
-    """The mean over runs of what stands under these keys: `3.02`, or nothing."""
-    values = []
-    for value in runs:
-        for key in keys:
-            value = value.get(key, {})
-        if value:
-            values.append(value)
-    return f"{fmean(values):.2f}" if values else ""
+    """The mean over runs of what stands under these keys: `3.02`."""
+    return f"{fmean(functools.reduce(dict.get, keys, run) for run in runs):.2f}"
+
+
+def calls_of(block):
+    return ("48", "24", "12") if block > 1 else ("48",)
 
 
 def smollm2(kept):
@@ -515,7 +514,7 @@ def smollm2(kept):
     rows = []
     for (who, block), label in SMOLLM2.items():
         runs = chosen(kept["sixteen"]["models"], who=who, block=block)
-        for calls in ("48", "24") if block > 1 else ("48",):
+        for calls in calls_of(block)[:2]:
             text = of_seeds(runs, "text", calls, "per_char")
             written = of_seeds(runs, "written", calls, "tuned_nll")
             kind = "ar" if block == 1 else "student"
@@ -532,8 +531,8 @@ def sixteen(kept):
         runs = chosen(kept["sixteen"]["models"], who=who, block=block)
         row = [label]
         for measure in (("text", "per_char"), ("written", "tuned_nll"), ("written", "judge_nll")):
-            of_calls = [of_seeds(runs, measure[0], n, measure[1]) for n in ("48", "24", "12")]
-            row.append(" / ".join(filter(None, of_calls)))
+            of_calls = [of_seeds(runs, measure[0], n, measure[1]) for n in calls_of(block)]
+            row.append(" / ".join(of_calls))
         bounds = [of_seeds(runs, "bounds", text) for text in TEXTS]
         rows.append([*row, *bounds, str(len(runs))])
     head = ["", "text costs it", "its texts cost: the AR model trained on", "a small AR judge",
