@@ -1182,10 +1182,12 @@ def bound(model, x, repeats=1, seed=0, neighbours=1):
 def nll_in_steps(model, x, steps=0):
     """Exact negative log-likelihood of texts x (n, L) for the sampler: mean, standard error.
 
-    In nats per token. `sample` in the order `left` reveals tokens in steps that do not depend on
-    the text. So its p(x) is the product of what the network says of each token in the step that
-    reveals it, and all is counted that is lost because tokens of one step do not know of each
-    other. steps: of a block; 0: one a token, from left to right as an AR model.
+    In nats per token, n at least 2. In the order `left` the step that reveals a token does not
+    depend on the text. So the p(x) of `sample`, at temperature 1, is the product of what the
+    network says of each token in that step. It counts the price of drawing the tokens of a step
+    independently. steps: per block; 0 means one token a step, from left to right as an AR model.
+
+    All blocks are hidden and asked at once, since each sees the text itself to its left.
     """
     reveals = left_steps(x.size(1), model.b, steps).to(x.device)                # (L,)
     nll = torch.zeros(len(x), device=x.device, dtype=model.embedding.weight.dtype)
@@ -1198,14 +1200,15 @@ def nll_in_steps(model, x, steps=0):
 
 
 def left_steps(L, b, steps):
-    """The step in which the order `left` reveals each token of a text: (L,)."""
+    """The step of its block in which the order `left` reveals each token of a text: (L,)."""
     blocks = []
     for start in range(0, L, b):
-        hidden = torch.ones(1, min(b, L - start), dtype=torch.bool)
-        schedule = Schedule("left", steps, 0.0, torch.zeros(hidden.shape))
+        hidden = torch.ones(1, min(b, L - start), dtype=torch.bool)             # (1, n)
+        schedule = Schedule("left", steps, 0.0, torch.zeros(hidden.shape))      # no threshold
         step_of = torch.zeros(hidden.size(1), dtype=torch.long)
         for step in range(schedule.N):
-            new = schedule.choose(step, hidden, torch.zeros(int(hidden.sum()), 1))
+            logp = torch.zeros(int(hidden.sum()), 1)                            # is not looked at
+            new = schedule.choose(step, hidden, logp)
             step_of[new[0]] = step
             hidden = hidden & ~new
         blocks.append(step_of)
