@@ -242,13 +242,12 @@ class Distillation:
         """
         o = self.o
         steps = o.fewest if o.states == "sampled" else o.steps or student.b
-        if dlm.is_continuous(student):
-            steps = 16
+        order = "left" if dlm.is_continuous(student) else o.order
         with dlm.seeded(0):
             number = max(1, o.judged // 4)
             given = sample.beginnings(self.held[:number], student.V) if self.pretrained else None
-            written = dlm.generate(student, number, min(steps, 16), given, order=o.order)  # 16: b
-                                                                                    # may be large
+            written = dlm.generate(student, number, min(steps, 16), given, order=order)  # 16: b may
+                                                                                         # be large
         value = dlm.bound(student, self.held)[0] + dlm.bound(self.teacher, written)[0]
         real = dlm.entropy(self.held[:len(written)])       # as many: it grows with their number
         its_own = dlm.entropy(written)
@@ -273,7 +272,7 @@ def plot_quality(rows):
             ax.axhline(r.get(key, math.nan), color="0.5", linestyle=style, label=r["what"])
         lines = {}
         for r in rows[2:]:
-            how = "threshold" if "threshold" in r else r.get("order", "from noise")
+            how = "threshold" if "threshold" in r else r.get("order")
             name = r["what"].split(",")[0] + ", " + how
             lines.setdefault(name, []).append((r["calls"], r.get(key, math.nan)))
         for (name, points), marker in zip(lines.items(), "os^vD<>ph*"):
@@ -376,7 +375,7 @@ def let_write(name, model, teacher, judge, corpus, o, most):
     """The rows of a table: held-out text, the AR teacher, and a model by steps and thresholds."""
     ways = sample.ways_to_write(model.b, "left", most=most)
     if dlm.is_continuous(model):
-        ways = sample.ways_from_noise()
+        ways = sample.ways_from_noise(model.b)
     if isinstance(model, train_teacher.Pretrained):          # each takes a minute
         ways = {f"{k} a step": {"order": "left", "steps": model.b // k}
                 for k in (1, 2, 4) if model.b % k == 0}

@@ -705,14 +705,17 @@ def sample(model, z, steps=0, order=None, threshold=0.0, noise=None, **warping):
     random       k random ones
     ancestral    each at its own random moment, so that k is random, too
 
+    Continuous students know `left` and `together`, where all tokens of a block lose their noise at
+    once.
+
     threshold: all that are at least so sure come as well, in every order but `ancestral`. Given
     tokens never change; those right of a block are seen only if b = L. An AR model has blocks of
     one token, so this is ordinary generation. Beyond the context the text goes on in windows that
     see the last half context. noise (B, T, 2): uniforms, so that a row can be had again.
     """
     order = order or "left"
-    if order not in ORDERS:
-        raise UserError(f"--order {order}: unknown; use {', '.join(ORDERS)}")
+    if order not in orders_of(model):
+        raise UserError(f"--order {order}: this model knows {', '.join(orders_of(model))}")
     L, b = model.L, model.b
     z = z.clone()
     if noise is None:
@@ -723,7 +726,7 @@ def sample(model, z, steps=0, order=None, threshold=0.0, noise=None, **warping):
         window = slice(start, start + L)
         part = (model, z[:, window], noise[:, window], steps)
         if is_continuous(model):
-            filling = fill_from_noise(*part, warping)
+            filling = fill_from_noise(*part, order, warping)
         else:
             filling = fill(*part, order, threshold, warping)
         for _ in filling:
@@ -948,46 +951,70 @@ def fit_levels(gamma, nats, A):
     return gamma.mean() + beta * y.mean(), beta
 
 
-def fill_from_noise(model, z, noise, steps, warping):
+def orders_of(model):
+    return ("left", "together") if is_continuous(model) else ORDERS
+
+
+def fill_from_noise(model, z, noise, steps, order, warping):
     """`sample` within one context: fills z (B, L) in place, and yields after each step.
 
-    A block begins as noise. Each of `steps` steps (0: 16) asks what the tokens are, and moves them
-    towards the mean of that, to the next lower level ("DDIM", 2010.02502). The last draws. Until
-    then z shows what is likeliest.
+    A block begins as noise. A step asks what the tokens are, and moves them towards the mean of
+    that, to their next lower level ("DDIM", 2010.02502). At the end of its way a token is drawn and
+    is visible from then on. Until then z shows what is likeliest.
     """
     cache = None
-    N = steps or 16
-    grid = model.levels(1 - torch.arange(N, device=z.device) / N)               # high to low
     for start in range(0, z.size(1), model.b):
         block = z[:, start:start + model.b]                                     # a view of z
+        stop = start + block.size(1)
         hidden = block == model.V
         if not hidden.any():
             continue
+        way = ways_out_of_noise(block.size(1), steps, order).to(z.device)       # (N + 1, n)
+        level = model.levels(1 - way)                                           # high to low
         known = block.masked_fill(hidden, 0)
         state = model.with_noise(known, hidden, torch.full_like(noise[:, :1, 0], 20.0))
-        for step in range(N):
-            state.gamma = torch.where(hidden, grid[step], CLEAN)
-            stop = start + block.size(1)
+        for step in range(len(way) - 1):
+            state.gamma = torch.where(state.hidden, level[step], CLEAN)
             logp, cache = model.decode(z, state, start, stop, torch.ones_like(hidden), cache)
-            logp = logp.view(*block.shape, -1)
-            if step < N - 1:
-                said = logp.argmax(-1)
-                less_noise(state, logp.exp(), model.E, grid[step], grid[step + 1])
-            else:
-                said = categorical(warp(logp, **warping), noise[:, start:stop, 0])
-            block.copy_(torch.where(hidden, said, block))
+            logp = logp.view(*block.shape, -1)                                  # (B, n, V)
+            ends = state.hidden & (way[step + 1] == 1)
+            drawn = categorical(warp(logp, **warping), noise[:, start:stop, 0])
+            said = torch.where(ends, drawn, logp.argmax(-1))
+            block.copy_(torch.where(state.hidden, said, block))
+            less_noise(state, logp.exp(), model.E, level[step + 1])
+            reveal(state, ends, drawn, model.E)
             yield
 
 
-def less_noise(state, guess, E, gamma, lower):
-    """Moves the hidden tokens of a state to a lower noise level, towards the mean of the guess."""
+def ways_out_of_noise(n, steps, order):
+    """How far each of n tokens has come out of the noise before each step, and at the end.
+
+    -> (N + 1, n), from 0 to 1. In the order `left` each is drawn in one step, when a masked student
+    would reveal it: nothing is ever half noisy.
+    """
+    N = steps or n
+    if order == "together":
+        return (torch.arange(N + 1) / N)[:, None].expand(-1, n)
+    N = min(N, n)
+    return (torch.arange(N + 1)[:, None] > left_steps(n, n, N)).float()
+
+
+def less_noise(state, guess, E, lower):
+    """Moves the hidden tokens to lower noise levels (n,), towards the mean of a guess (B, n, V)."""
     hidden = state.hidden[..., None]
-    alpha, sigma = rates(gamma)
-    lower_alpha, lower_sigma = rates(lower)
+    alpha, sigma = rates(state.gamma)[..., None].unbind(-2)                     # (B, n, 1)
+    lower_alpha, lower_sigma = rates(lower)[..., None].unbind(-2)               # (n, 1)
     mean = guess @ E                                                            # (B, n, D)
     eps = (state.z - alpha * mean) / sigma
     state.z = torch.where(hidden, lower_alpha * mean + lower_sigma * eps, state.z)
     state.guess = torch.where(hidden, guess, state.guess)
+
+
+def reveal(state, which, x, E):
+    """Makes tokens x (B, n) visible where `which` says so."""
+    state.z = torch.where(which[..., None], E[x], state.z)
+    state.guess = torch.where(which[..., None], one_hot(x, len(E)).to(E), state.guess)
+    state.hidden = state.hidden & ~which
 
 
 # --------------------------------------------------------------------------------------------------

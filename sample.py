@@ -50,7 +50,8 @@ class Options:
     stop: str = option("", "end texts before this string")
     number: int = option(4, "texts", at_least=1)
     steps: int = option(0, "steps a block; 0: one a token", at_least=0)
-    order: str = option("", "which tokens come together; empty: left", ("", *dlm.ORDERS))
+    order: str = option("", "which tokens come together; empty: left; together is for "
+                       "continuous students", ("", *dlm.ORDERS, "together"))
     threshold: float = option(0.0, "all at least so sure come too", at_least=0, at_most=1)
     temperature: float = option(1.0, "below 1 sharper, 0 the likeliest", at_least=0)
     top_k: int = option(0, "draw from the K likeliest tokens; 0: from all", at_least=0)
@@ -245,12 +246,20 @@ def ways_to_write(b, order="", steps=0, threshold=0.0, most=0):
         ways = [{"order": name, "steps": N} for name in orders for N in numbers]
         if not steps:
             ways += [{"order": "left", "threshold": t} for t in SURE]
+    return named(ways)
+
+
+def named(ways):
     return {" ".join(f"{key} {value}" for key, value in way.items()): way for way in ways}
 
 
-def ways_from_noise(steps=0):
-    """The same for a continuous student, which knows no order and no threshold."""
-    return {f"{N} steps": {"steps": N} for N in ([steps] if steps else (1, 4, 16, 64))}
+def ways_from_noise(b, order="", steps=0):
+    """The same for a continuous student, which knows no threshold."""
+    ways = [{"order": "left", "steps": 2 ** k} for k in range(b.bit_length())]
+    ways += [{"order": "together", "steps": N} for N in (4, 16, 64)]
+    if order or steps:
+        ways = [{"order": order or "left", "steps": steps}]
+    return named(ways)
 
 
 def compare(entrants, judge, corpus, B, seed=0):
@@ -361,7 +370,7 @@ def bench_entrants(o, path, model):
     """The rows of one model: names, the model, and how it writes."""
     ways = ways_to_write(model.b, o.order, o.steps, o.threshold)
     if dlm.is_continuous(model):
-        ways = ways_from_noise(o.steps)
+        ways = ways_from_noise(model.b, o.order, o.steps)
     warping = {"temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p}
     return [(f"{Path(path).stem} {name}".strip(), model, {**way, **warping})
             for name, way in ways.items()]
@@ -391,9 +400,11 @@ def main(argv):
     runs = Path("runs").glob("*/checkpoint.pt")
     path = Path(o.checkpoint or max(runs, key=os.path.getmtime, default=SHIPPED))
     model, tokenizer, ckpt = load(path, "--checkpoint", o.device)
-    if dlm.is_continuous(model) and (o.order or o.threshold):
-        raise UserError(f"--{'order' if o.order else 'threshold'}: means nothing where tokens come "
-                        f"out of noise together, as in {path}; use --steps")
+    if dlm.is_continuous(model) and o.threshold:
+        raise UserError(f"--threshold: means nothing where tokens come out of noise, as in {path}; "
+                        "use --steps")
+    if o.order not in ("", *dlm.orders_of(model)):
+        raise UserError(f"--order {o.order}: {path} knows {', '.join(dlm.orders_of(model))}")
     if o.correct:
         return show_corrections(o, model, tokenizer)
     z = read_prompt(o, model, tokenizer).to(o.device)

@@ -135,18 +135,48 @@ class Exact(Continuous):
         return marginals(posterior(self, z))[wanted].log(), None
 
 
-def test_with_many_steps_the_sampler_writes_as_the_source():
-    exact = model(made=Exact)
+def far(x, law):
+    """Total variation between the shares of texts x (B, L) and a law (27,) of TEXTS."""
     digit = V ** torch.arange(L)
+    share = (x @ digit).bincount(minlength=27) / len(x)
+    return 0.5 * (share - law[(TEXTS @ digit).argsort()]).abs().sum()
 
-    def far(x):
-        share = (x @ digit).bincount(minlength=27) / len(x)
-        return 0.5 * (share - PRIOR.exp()[(TEXTS @ digit).argsort()]).abs().sum()
 
+def test_with_many_steps_together_the_sampler_writes_as_the_source():
+    exact = model(made=Exact)
+    law = PRIOR.exp()
     with dlm.seeded(0):
-        floor = far(SOURCE.draw(20_000))
-        by_steps = [far(dlm.generate(exact, 20_000, N)) for N in (1, 8, 64)]
-    assert by_steps[0] > 0.4 and by_steps[1] < 0.1 and by_steps[2] < 2 * floor
+        floor = far(SOURCE.draw(20_000), law)
+        one, some, many = (far(dlm.generate(exact, 20_000, N, order="together"), law)
+                           for N in (1, 8, 64))
+    assert one > 0.4 and some < 0.1 and many < 2 * floor
+
+
+@pytest.mark.parametrize("N", [1, 2, 3, 9])
+def test_in_turns_the_sampler_writes_as_the_masked_one_and_one_by_one_as_the_source(N):
+    reveals = dlm.left_steps(L, L, N)
+    log_law = torch.zeros(27).double()
+    source = HiddenMarkov(SOURCE.start, SOURCE.trans, SOURCE.emit, L, b=L)
+    for step in range(N):
+        z = torch.where(reveals >= step, V, TEXTS)
+        said = dlm.of_tokens(source(TEXTS, z), TEXTS)
+        log_law += said[:, reveals == step].sum(1)
+    with dlm.seeded(0):
+        floor = far(SOURCE.draw(20_000), PRIOR.exp())
+        x = dlm.generate(model(made=Exact), 20_000, N)
+    assert far(x, log_law.exp()) < 2 * floor
+    assert (far(x, PRIOR.exp()) < 2 * floor) == (N >= L)
+
+
+@pytest.mark.parametrize("n", [1, 4, 5])
+@pytest.mark.parametrize("N", [1, 2, 5, 9])
+def test_a_token_leaves_the_noise_when_its_turn_has_come(n, N):
+    way = dlm.ways_out_of_noise(n, N, "left")                                   # (steps + 1, n)
+    assert len(way) == min(n, N) + 1
+    assert set(way.unique().tolist()) == {0, 1} and (way[0] == 0).all() and (way[-1] == 1).all()
+    assert torch.equal((way < 1).sum(0) - 1, dlm.left_steps(n, n, N))           # its last step
+    way = dlm.ways_out_of_noise(n, N, "together")                               # (N + 1, n)
+    assert_close(way, torch.linspace(0, 1, N + 1)[:, None].expand(N + 1, n))
 
 
 @pytest.mark.parametrize("b", [2, 3, 6])
@@ -235,9 +265,30 @@ def test_given_tokens_stay_and_nothing_stays_hidden(b, N):
     assert (last < V).all() and torch.equal(last[z < V], z[z < V])
 
 
+def test_what_was_drawn_stays_and_is_seen():
+    m = model(b=6, L=6)
+    seen = []
+
+    def decode(x, z, start, stop, wanted, cache=None):
+        seen.append((z.z, z.hidden, z.gamma, z.guess))
+        return Continuous.decode(m, x, z, start, stop, wanted, cache)
+
+    m.decode = decode
+    states = torch.stack(list(dlm.sample(m, torch.full((20, 6), V), 6)))
+    text = states[-1]
+    for step, (z, hidden, gamma, guess) in enumerate(seen):
+        assert torch.equal(hidden, (torch.arange(6) >= step).expand(20, 6))
+        assert (gamma[:, :step] == CLEAN).all() and (gamma[:, step:] > 5).all()
+        assert torch.equal(z[:, :step], m.E[text][:, :step])
+        assert torch.equal(guess[:, :step], F.one_hot(text, V).double()[:, :step])
+    for step in range(1, 7):
+        assert torch.equal(states[step][:, :step], text[:, :step])
+
+
 def test_calls_are_steps_in_each_block():
-    row, _ = dlm.write_at_cost(model(b=2, L=8), 4, steps=5)
-    assert row["calls"] == 20
+    for order, calls in (("together", 20), ("left", 8)):
+        row, _ = dlm.write_at_cost(model(b=2, L=8), 4, steps=5, order=order)
+        assert row["calls"] == calls
 
 
 # --- the scripts ----------------------------------------------------------------------------------
@@ -249,9 +300,12 @@ GAUSS = "--noise gaussian"
 def test_every_target_trains_and_writes(call, method):
     argv = f"{TEXT} --method {method} --block 4 --updates 5 --batch_size 8 {GAUSS} --texts 16"
     assert call("distill", f"{argv} --out run")[0] == 0
-    assert "16 steps" in [row["what"].split(", ")[-1] for row in metrics("run")["table"]]
-    code, out, _ = call("sample", "--checkpoint run --number 2 --steps 4", "--prompt", "the ____ of")
-    assert code == 0 and all(t.startswith("the ") and t.endswith(" of") for t in texts(out))
+    ways = [row["what"].split(", ")[-1] for row in metrics("run")["table"]]
+    assert "order left steps 4" in ways and "order together steps 16" in ways
+    for order in ("", "--order together"):
+        code, out, _ = call("sample", f"--checkpoint run --number 2 --steps 4 {order}",
+                            "--prompt", "the ____ of")
+        assert code == 0 and all(t.startswith("the ") and t.endswith(" of") for t in texts(out))
 
 
 def test_a_denoiser_of_its_own_is_trained_and_distilled_further(call):
@@ -286,6 +340,7 @@ def test_masks_where_noise_is_needed(call, refused):
     for argv in (f"{TEXT} --method tcs --student noisy --out run",
                  f"{TEXT} --method sdtt --student noisy --out run"):
         assert "--student" in refused("distill", argv)
-    for argv in ("--threshold .9", "--order left", "--steps -1"):
+    for argv in ("--threshold .9", "--order spread", "--steps -1"):
         assert argv.split()[0] in refused("sample", f"--checkpoint noisy {argv}")
     assert "--correct" in refused("sample", "--checkpoint noisy", "--correct", "the of")
+    assert "--order" in refused("sample", f"--checkpoint {TCS} --order together")
