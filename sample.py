@@ -72,21 +72,23 @@ def read_prompt(o, model, tokenizer):
     """-> the state to start from (T,): tokens to keep, [MASK] in the gaps and after the prompt."""
     z = []
     for part in re.split("(_{3,})", o.prompt):
-        is_gap = part.startswith("___")
-        z += [model.V] * len(part) if is_gap else tokenizer.encode(part, "--prompt").tolist()
-    has_gaps = model.V in z
-    length = o.length or (len(z) if has_gaps else model.L)
-    if len(z) > (length if has_gaps else length - 1):
+        if part.startswith("___"):
+            z += [model.V] * len(part)
+        else:
+            z += tokenizer.encode(part, "--prompt").tolist()
+    length = o.length or (len(z) if model.V in z else model.L)
+    z += [model.V] * (length - len(z))
+    if len(z) > length or model.V not in z:
         raise UserError(f"--prompt: {len(z)} tokens leave no room in {length}; shorten it, "
                         "ask for more with --length, or leave a ___ gap")
-    return torch.tensor(z + [model.V] * (length - len(z)))
+    return torch.tensor(z)
 
 
 def unseen(z, model):
     """Whether in z (T,) a block with gaps has tokens to its right, which it sees only if b = L."""
-    block = torch.arange(len(z), device=z.device) // model.b
-    hidden = z == model.V
-    return bool((block[~hidden] > block[hidden].min()).any())
+    first_gap = z.tolist().index(model.V)
+    next_block = (first_gap // model.b + 1) * model.b
+    return bool((z[next_block:] < model.V).any())
 
 
 @torch.no_grad()
