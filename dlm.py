@@ -1287,15 +1287,6 @@ def copied(x, text, n=8):
     return torch.isin(hashes(x), hashes(text)).float().mean().item()
 
 
-def judge_samples(judge, x, train_text):
-    """What is said of texts x (B, L): entropies, what is copied, NLL under the judge, if any."""
-    marks = {"entropy": entropy(x), "bigram_entropy": entropy(x, 2),
-             "distinct_2": distinct(x, 2), "copied": copied(x, train_text)}
-    if judge:
-        marks["judge_nll"], marks["judge_se"] = bound(judge, x)
-    return marks
-
-
 def write_at_cost(model, B, given=None, **way):
     """Lets a model write B texts -> the way and what it cost, as a row of a table; texts (B, L).
 

@@ -278,13 +278,8 @@ def compare(entrants, judge, corpus, B, seed=0):
     if isinstance(model, Pretrained):     # it has read of everything: say what to write about
         given, begin = beginnings(held_out.repeat(B, 1)[:B], model.V), model.L // 4
     ends = passages(corpus, min(B, 256))
-    rows = []
-
-    def finish(what, row, x):
-        rows.append({"what": what, **row, **marks(x[:, begin:], judge, corpus)})
-        print_rows(rows[-1:], header=f"{B} texts" if len(rows) == 1 else None)
-
-    finish("held-out text", {}, held_out)
+    rows = [{"what": "held-out text", **marks(held_out[:, begin:], judge, corpus)}]
+    print_rows(rows, header=f"{B} texts")
     for what, model, way in entrants:
         with dlm.seeded(seed):
             row, x = dlm.write_at_cost(model, B, given, **way)
@@ -293,7 +288,8 @@ def compare(entrants, judge, corpus, B, seed=0):
                 row["last_word"] = last_word_accuracy(model, ends, corpus.tokenizer, **way)
         for size in (1,) if begin else (1, 32):              # 32 would take a minute
             row[f"seconds_{size}"] = timed(lambda: dlm.generate(model, size, **way).cpu())
-        finish(what, row, x)
+        rows.append({"what": what, **row, **marks(x[:, begin:], judge, corpus)})
+        print_rows(rows[-1:])
     return rows
 
 
@@ -309,28 +305,30 @@ def cost_of_text(model, x, way):
 
 def marks(x, judge, corpus):
     """What is said of texts x (B, L): by the judge, in its own tokens, and by the corpus."""
+    decode = corpus.tokenizer.decode
     train_ids = corpus.parts["train"]
-    texts = [corpus.tokenizer.decode(text) for text in x]
-    same_tokens = judge and judge[1].state() == corpus.tokenizer.state()
-    row = dlm.judge_samples(judge[0] if same_tokens else None, x, train_ids)
-    if judge and not same_tokens:
-        read = in_windows(texts, judge[1], judge[0].L).to(x.device)
+    texts = [decode(text) for text in x]
+    row = {"entropy": dlm.entropy(x), "bigram_entropy": dlm.entropy(x, 2),
+           "distinct_2": dlm.distinct(x, 2), "copied": dlm.copied(x, train_ids)}
+    if judge:
+        model, tokenizer, _ = judge
+        read = x
+        if tokenizer.state() != corpus.tokenizer.state():    # whole windows of each text
+            windows = [consecutive(tokenizer.encode(text, unknown="drop"), model.L)
+                       for text in texts]
+            read = torch.cat(windows).to(x.device)
         if len(read) > 1:                                    # it knew the characters
-            row["judge_nll"], row["judge_se"] = dlm.bound(judge[0], read)
+            row["judge_nll"], row["judge_se"] = dlm.bound(model, read)
     if corpus.name == "stories":
-        row |= mark_stories(texts, corpus.tokenizer.decode(train_ids))
+        row |= mark_stories(texts, decode(train_ids))
     return {**row, "samples": texts[:4]}
 
 
 def beginnings(x, V):
     """Texts x (n, L) with all but the first quarter hidden."""
-    return torch.where(torch.arange(x.size(1), device=x.device) < x.size(1) // 4, x, V)
-
-
-def in_windows(texts, tokenizer, L):
-    """Texts as a judge with other tokens reads them: whole windows of each (n, L)."""
-    rows = [tokenizer.encode(text, unknown="drop") for text in texts]
-    return torch.cat([consecutive(row, L) for row in rows])
+    z = x.clone()
+    z[:, x.size(1) // 4:] = V
+    return z
 
 
 def timed(act, repeats=3):
