@@ -373,9 +373,7 @@ def run(o, ckpt=None):
 
 def let_write(name, model, teacher, judge, corpus, o, most):
     """The rows of a table: held-out text, the AR teacher, and a model by steps and thresholds."""
-    ways = sample.ways_to_write(model.b, "left", most=most)
-    if dlm.is_continuous(model):
-        ways = sample.ways_from_noise(model.b)
+    ways = sample.ways_to_write(model, "left", most=most)
     if isinstance(model, train_teacher.Pretrained):          # each takes a minute
         ways = {f"{k} a step": {"order": "left", "steps": model.b // k}
                 for k in (1, 2, 4) if model.b % k == 0}

@@ -125,14 +125,20 @@ def show_corrections(o, model, tokenizer):
     print(tokenizer.decode(x))
 
 
-def cells(tokens, before, given, tokenizer, V, stop=""):
-    """The state `tokens` (T,), which followed `before`: (character, kind) pairs, cut at `stop`."""
+def cells(tokens, before, given, tokenizer, V):
+    """The state `tokens` (T,), which followed `before`, as (character, kind) pairs."""
     kinds = ["given" if is_given else "hidden" if token == V else "new" if earlier == V else "old"
              for token, earlier, is_given in zip(tokens, before, given)]
     text = []
-    for kind, run in itertools.groupby(zip(kinds, tokens), key=lambda pair: pair[0]):
-        ids = [token for _, token in run]  # decoded together: a character may take several tokens
-        text += [(c, kind) for c in (HIDDEN * len(ids) if ids[0] == V else tokenizer.decode(ids))]
+    for kind, run in itertools.groupby(range(len(tokens)), lambda i: kinds[i]):
+        ids = [tokens[i] for i in run]     # decoded together: a character may take several tokens
+        written = HIDDEN * len(ids) if kind == "hidden" else tokenizer.decode(ids)
+        text += [(c, kind) for c in written]
+    return text
+
+
+def cut(text, stop):
+    """Cells up to where `stop` is written. It does not count in a prompt, nor behind gaps."""
     written = "".join("\0" if kind == "given" else c for c, kind in text)
     end = written.find(stop) if stop else -1
     return text if end < 0 or (HIDDEN, "hidden") in text[:end] else text[:end]
@@ -179,26 +185,33 @@ def draw_gif(frames, path):
                  append_images=pictures[1:] + pictures[-1:] * 20), "--gif")  # the last one stays
 
 
+def warping(o):
+    return {"temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p}
+
+
 def write(o, model, tokenizer, z):
     """Writes into z (B, T) and shows the texts."""
     given = (z < model.V).tolist()
-    fixed = (tokenizer, model.V, o.stop)
+
+    def texts_of(now, before):
+        return [cut(cells(*row, tokenizer, model.V), o.stop)
+                for row in zip(now.tolist(), before.tolist(), given)]
+
     torch.manual_seed(o.seed)
-    states = dlm.sample(model, z, o.steps, o.order, o.threshold,
-                        temperature=o.temperature, top_k=o.top_k, top_p=o.top_p)
+    states = dlm.sample(model, z, o.steps, o.order, o.threshold, **warping(o))
     height = 0
     frames = []
     for before, now in itertools.pairwise(states):
         if torch.equal(now, before) or not (o.watch or o.gif or o.stop):
             continue
-        texts = [cells(*row, *fixed) for row in zip(now.tolist(), before.tolist(), given)]
+        texts = texts_of(now, before)
         frames.append(texts[0])
         if o.watch and sys.stdout.isatty():
             height = show(texts, height)
             time.sleep(0.08)
         if all((HIDDEN, "hidden") not in text for text in texts):
             break
-    texts = [cells(*row, *fixed) for row in zip(now.tolist(), now.tolist(), given)]
+    texts = texts_of(now, now)
     show(texts, height)
     if o.gif:
         draw_gif([*frames, texts[0]], o.gif)
@@ -233,35 +246,25 @@ def last_word_accuracy(model, passages, tokenizer, temperature=0, **way):
     return sum(found) / max(1, len(found))
 
 
-def ways_to_write(b, order="", steps=0, threshold=0.0, most=0):
-    """What tables compare for blocks of b tokens: names, and arguments of `dlm.sample`, in a dict.
+def ways_to_write(model, order="", steps=0, threshold=0.0, most=0):
+    """What tables compare: names, and arguments of `dlm.sample`, in a dict.
 
-    Every order in 1, 2, 4 .. steps (at most `most`) and some thresholds, unless one is given.
+    Every order in 1, 2, 4 .. steps a block (at most `most`), and some thresholds or, of a
+    continuous student, more steps; unless one is given.
     """
-    if b == 1:
+    if model.b == 1:
         return {"": {}}
     if threshold:
         ways = [{"order": order or "left", "steps": steps, "threshold": threshold}]
     else:
-        orders = [order] if order else dlm.ORDERS
-        numbers = [steps] if steps else [2 ** k for k in range((most or b).bit_length())]
+        orders = [order] if order else dlm.orders_of(model)
+        numbers = [steps] if steps else [2 ** k for k in range((most or model.b).bit_length())]
         ways = [{"order": name, "steps": N} for name in orders for N in numbers]
-        if not steps:
+        if not steps and dlm.is_continuous(model):
+            ways += [{"order": "together", "steps": N} for N in (16, 64)]
+        elif not steps:
             ways += [{"order": "left", "threshold": t} for t in SURE]
-    return named(ways)
-
-
-def named(ways):
     return {" ".join(f"{key} {value}" for key, value in way.items()): way for way in ways}
-
-
-def ways_from_noise(b, order="", steps=0):
-    """The same for a continuous student, which knows no threshold."""
-    ways = [{"order": "left", "steps": 2 ** k} for k in range(b.bit_length())]
-    ways += [{"order": "together", "steps": N} for N in (4, 16, 64)]
-    if order or steps:
-        ways = [{"order": order or "left", "steps": steps}]
-    return named(ways)
 
 
 def compare(entrants, judge, corpus, B, seed=0):
@@ -295,11 +298,12 @@ def compare(entrants, judge, corpus, B, seed=0):
 
 def cost_of_text(model, x, way):
     """What texts x (n, L) cost a sampler, in nats a token. Known exactly in the order `left`."""
-    usual = {"order": "left", "threshold": 0.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    differs = any(way.get(name, value) != value for name, value in usual.items())
-    if dlm.is_continuous(model) or differs:
+    steps = way.get("steps", 0)
+    known = {"order": "left", "steps": steps, "threshold": 0.0,
+             "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    if dlm.is_continuous(model) or {**known, **way} != known:
         return {}
-    nll, error = dlm.nll_in_steps(model, x, way.get("steps", 0))
+    nll, error = dlm.nll_in_steps(model, x, steps)
     return {"nll": nll, "nll_se": error}
 
 
@@ -353,27 +357,18 @@ def bench(o):
     paths = o.bench.split(",")
     loaded = [load(path, "--bench", o.device) for path in paths]
     first, tokenizer, ckpt = loaded[0]
-    data = ckpt["options"]["data"]
+    corpus = load_corpus(ckpt["options"]["data"], tokenizer, first.L)
     judge = load_judge(o, first, tokenizer)
-    if not judge and data != "stories":
+    if not judge and corpus.name != "stories":
         raise UserError("--bench: wants a judge; name an AR run with --judge")
     entrants = []
     for path, (model, its_tokenizer, _) in zip(paths, loaded):
         same_vocabulary(f"--bench {path}", its_tokenizer, model, paths[0], tokenizer, first)
-        entrants += bench_entrants(o, path, model)
-    corpus = load_corpus(data, tokenizer, first.L)
+        for name, way in ways_to_write(model, o.order, o.steps, o.threshold).items():
+            name = f"{Path(path).stem} {name}".strip()
+            entrants.append((name, model, {**way, **warping(o)}))
     rows = compare(entrants, judge, corpus, o.texts, o.seed)
     write_json(f"{o.out}/bench.json", {"options": vars(o), "versions": versions(), "rows": rows})
-
-
-def bench_entrants(o, path, model):
-    """The rows of one model: names, the model, and how it writes."""
-    ways = ways_to_write(model.b, o.order, o.steps, o.threshold)
-    if dlm.is_continuous(model):
-        ways = ways_from_noise(model.b, o.order, o.steps)
-    warping = {"temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p}
-    return [(f"{Path(path).stem} {name}".strip(), model, {**way, **warping})
-            for name, way in ways.items()]
 
 
 def load_judge(o, model, tokenizer):

@@ -460,9 +460,10 @@ def test_all_methods_in_one_command(call, home):
         o = metrics(f"{base}-{part}")["options"]
         assert [o["updates"], o["lr"], o["student"]] == expected
     table = nll_of_rows(base)
+    student = train_teacher.load(f"{base}-tcs", "")[0]
     assert list(table) == ["held-out text", "AR teacher",
                            *(f"{who}, {way}" for who in ("untrained", "TCS", "SDTT", "OPDLM")
-                             for way in sample.ways_to_write(4, "left"))]
+                             for way in sample.ways_to_write(student, "left"))]
     assert "TCS, order left steps 2" in table and "OPDLM, order left threshold 0.99" in table
     own = nll_of_rows(f"{base}-sdtt-2steps")
     assert table["SDTT, order left steps 2"] == own["student, order left steps 2"]
@@ -627,7 +628,8 @@ def test_a_text_is_cut_where_stop_is_written(stop, shown):
     """The stop does not count in the prompt `a`, nor behind what is hidden."""
     mask = 8
     given = [True, False, False, False, False]
-    text = sample.cells([0, 1, 2, mask, 3], [0, 1, mask, mask, mask], given, Letters(), mask, stop)
+    whole = sample.cells([0, 1, 2, mask, 3], [0, 1, mask, mask, mask], given, Letters(), mask)
+    text = sample.cut(whole, stop)
     assert "".join(c for c, _ in text) == shown
     kinds = ["given", "old", "new", "hidden", "new"]
     assert [kind for _, kind in text] == kinds[:len(text)]
