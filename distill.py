@@ -73,24 +73,22 @@ class Options(train_teacher.RunOptions):
     context: int = option(64, "tokens of a text, if the teacher is a pre-trained one", at_least=2)
     student: str = option("ar", "start from: ar (the teacher's weights), random, or a checkpoint")
     block: int = option(4, "block length b of the student; 0: the whole context; 1, with plain: "
-                       "the AR model itself, trained on", at_least=0)
+                       "the AR model itself, trained on")
     updates: int = option(1000, "updates of the weights", at_least=1)
     batch_size: int = option(8, "texts an update", at_least=1)
     lr: float = option(0.0, "Muon's learning rate; AdamW's is 0.15 of it; 0: .002, for stories "
-                       ".006, from random weights .02; of pre-trained models AdamW's: 5e-5",
-                       at_least=0)
+                       ".006, from random weights .02; of pre-trained models AdamW's: 5e-5")
     divergence: str = option("forward", "forward, reverse, tvd or mse, between target and student",
                              ("forward", "reverse", "tvd", "mse"))
     fraction: float = option(1.0, "share of the training text that the student sees, from a place "
-                             "that the seed chooses", at_least=0, at_most=1)
+                             "that the seed chooses", at_most=1)
     texts: int = option(2048, "texts that the teacher writes or scores, once", at_least=16)
     candidates: int = option(16, "K, candidates that topk and grad+topk score", at_least=1)
     judged: int = option(256, "texts a row of the table, and held-out texts that choose the "
                          "weights", at_least=4)
     unseen: str = option("", "other text files, with commas: their bound is reported, too")
     order: str = option("spread", "order in which rollouts are written", dlm.ORDERS[1:])
-    steps: int = option(0, "steps a block of rollouts and of sdtt's first teacher; 0: one a token",
-                        at_least=0)
+    steps: int = option(0, "steps a block of rollouts and of sdtt's first teacher; 0: one a token")
     fewest: int = option(1, "sdtt: steps a block of the last student", at_least=1)
     k: int = option(2, "sdtt: steps of the teacher that become one of the student", at_least=2)
 
@@ -183,7 +181,7 @@ def texts_for(o, teacher, ids):
         n = max(L, int(o.fraction * len(ids)))
         start = torch.randint(len(ids) - n + 1, ())
     windows = ids[start:start + n].unfold(0, L, 1)              # every one of them, as a view
-    if o.states == "data" and o.target in dlm.ESTIMATORS:       # as many as the teacher will score
+    if o.target in dlm.ESTIMATORS:                              # as many as the teacher will score
         return windows[(torch.arange(o.texts) * (len(windows) - 1) // (o.texts - 1)).unique()]
     return windows
 
@@ -212,12 +210,12 @@ class Distillation:
         if dlm.is_continuous(student):          # where noise costs half of what the teacher lacks
             nats = dlm.bound(teacher, self.held)[0]
             student.noise[0] = math.log(student.c.D / 2 / nats)
-        self.pretrained = isinstance(teacher, train_teacher.Pretrained)
         if o.states == "teacher":       # no text but the teacher's: it chooses the weights, too
             with dlm.seeded(o.seed + 1):
                 self.held = dlm.generate(teacher, o.judged)
-        asked_before = o.states in ("data", "teacher") and o.target in dlm.ESTIMATORS
-        kept = score_texts(o, teacher, self.texts, student.b) if asked_before else None
+        kept = None
+        if o.target in dlm.ESTIMATORS:
+            kept = score_texts(o, teacher, self.texts, student.b)
         earlier_self = copy.deepcopy(student).eval() if o.states == "sampled" else None
         states, targets = halves(o, student.b, teacher, earlier_self, kept)
         self.states = states[o.states]
@@ -245,9 +243,8 @@ class Distillation:
         order = "left" if dlm.is_continuous(student) else o.order
         with dlm.seeded(0):
             number = max(1, o.judged // 4)
-            given = sample.beginnings(self.held[:number], student.V) if self.pretrained else None
-            written = dlm.generate(student, number, min(steps, 16), given, order=order)  # 16: b may
-                                                                                         # be large
+            given = sample.beginnings(student, self.held[:number])
+            written = dlm.generate(student, number, min(steps, 16), given, order=order)
         value = dlm.bound(student, self.held)[0] + dlm.bound(self.teacher, written)[0]
         real = dlm.entropy(self.held[:len(written)])       # as many: it grows with their number
         its_own = dlm.entropy(written)
@@ -307,7 +304,7 @@ def load_models(o, device, folder, ckpt):
     spec = like.tokenizer if o.teacher and not pretrained else tokenizer
     corpus = train_teacher.load_corpus(o.data, spec, teacher.L)
     if pretrained:                      # its tokens suit any text; the judge reads characters
-        like = dataclasses.replace(JUDGE_OF_TEXT, data=o.data)
+        like = JUDGE_OF_TEXT
     elif o.teacher:                     # it may have learned from any text, in the same tokens
         train_teacher.same_vocabulary(f"--teacher {path}", tokenizer, teacher,
                                       f"--data {o.data}", corpus.tokenizer, teacher)
@@ -335,8 +332,6 @@ def make_student(o, teacher, tokenizer, device):
         start, its_tokenizer, _ = train_teacher.load(o.student, "--student", device)
         train_teacher.same_vocabulary(f"--student {o.student}", its_tokenizer, start,
                                       "the teacher", tokenizer, teacher)
-    if o.method == "sdtt":
-        b = start.b
     torch.manual_seed(o.seed)
     D = train_teacher.DIMENSIONS if o.noise == "gaussian" else 0
     c = dataclasses.replace(start.c, b=b, D=D)
@@ -426,8 +421,7 @@ def finish(o, folder):
             raise UserError(f"--out {folder}: holds a run with other options; "
                             "--overwrite replaces it, or name another")
         o = kept
-    done = ckpt and ckpt["trainer"]["done"] == o.updates and Path(folder, "metrics.json").exists()
-    if done:
+    if ckpt and ckpt["trainer"]["done"] == o.updates and Path(folder, "metrics.json").exists():
         print(f"{folder}: finished before, and kept; --overwrite makes it anew")
     else:
         run(o, ckpt)
@@ -444,26 +438,23 @@ def most_steps(o, b):
 
 
 def rounds(o):
-    """SDTT: each round is a run, whose student starts the next -> {steps a block: its folder}."""
+    """SDTT: each round is a run, whose student starts the next -> the last one's folder."""
     if o.target:
         raise UserError(f"--target {o.target}: sdtt has a target of its own; leave this option out")
-    if o.student in ("ar", "random"):
+    untrained = o.student in ("ar", "random")
+    b = 1 if untrained else train_teacher.load(o.student, "--student")[0].b
+    if b == 1:
         raise UserError(f"--student {o.student}: sdtt starts from a trained diffusion model; "
                         "name its run")
-    b = train_teacher.load(o.student, "--student")[0].b
-    if b == 1:
-        raise UserError(f"--student {o.student}: an AR model; sdtt starts from a diffusion model")
     N = most_steps(o, b)
     base = o.out or "runs/" + train_teacher.run_name(o, o.method, f"-b{b}")
     student = o.student
-    folders = {}
     while N // o.k >= o.fewest:
         N = N // o.k
         print(f"\n{N * o.k} steps a block become {N}", flush=True)
         part = dataclasses.replace(o, steps=N * o.k, fewest=N, block=b, student=student)
         student = finish(part, f"{base}-{N}steps")
-        folders[N] = student
-    return folders
+    return student
 
 
 def before_training(o, folder):
@@ -491,21 +482,21 @@ def main_job(o):
         name = "states" if o.states else "target"
         raise UserError(f"--{name} {vars(o)[name]}: every method has its own; "
                         "name one with --method")
-    for method in SHARES:
-        choose_method(dataclasses.replace(o, method=method))    # refuses now what it would later
+    parts = {method: dataclasses.replace(o, method=method, texts=max(16, o.texts // 2),
+                                         updates=max(1, round(o.updates * share)))
+             for method, share in SHARES.items()}
+    for part in parts.values():
+        choose_method(part)                             # refuses now what it would later
     if o.block:
         most_steps(o, o.block)
     print("a teacher (and a judge, but for stories), then TCS, SDTT and OPDLM: with the defaults "
           "5 to 8 minutes on 2 cores", flush=True)
     folder = Path(o.out or "runs/" + train_teacher.run_name(o, "all", f"-b{o.block}"))
     table, b = before_training(o, folder)
-    parts = {method: dataclasses.replace(o, method=method, texts=max(16, o.texts // 2),
-                                         updates=max(1, round(o.updates * share)))
-             for method, share in SHARES.items()}
     tcs = finish(parts["tcs"], f"{folder}-tcs")
     one_round = dataclasses.replace(parts["sdtt"], student=tcs, out=f"{folder}-sdtt",
-                                    fewest=max(o.fewest, most_steps(o, b) // o.k))
-    *_, sdtt = rounds(one_round).values()
+                                    fewest=most_steps(o, b) // o.k)
+    sdtt = rounds(one_round)
     opdlm = finish(parts["opdlm"], f"{folder}-opdlm")
 
     for name, its_folder in {"TCS": tcs, "SDTT": sdtt, "OPDLM": opdlm}.items():

@@ -46,25 +46,25 @@ ALL = {"text": ("nll", "{:.3f}"), "entropy": ("entropy", "{:.2f}"), "calls": ("c
 class Options:
     checkpoint: str = option("", "a run; empty: the newest in runs/, or the shipped model")
     prompt: str = option("", "text to keep; three or more underscores are a gap of as many tokens")
-    length: int = option(0, "tokens in all; 0: the context, or a prompt with gaps", at_least=0)
+    length: int = option(0, "tokens in all; 0: the context, or a prompt with gaps")
     stop: str = option("", "end texts before this string")
     number: int = option(4, "texts", at_least=1)
-    steps: int = option(0, "steps a block; 0: one a token", at_least=0)
+    steps: int = option(0, "steps a block; 0: one a token")
     order: str = option("", "which tokens come together; empty: left; together is for "
                        "continuous students", ("", *dlm.ORDERS, "together"))
-    threshold: float = option(0.0, "all at least so sure come too", at_least=0, at_most=1)
-    temperature: float = option(1.0, "below 1 sharper, 0 the likeliest", at_least=0)
-    top_k: int = option(0, "draw from the K likeliest tokens; 0: from all", at_least=0)
-    top_p: float = option(1.0, "draw from the likeliest, up to this sum", at_least=0, at_most=1)
+    threshold: float = option(0.0, "all at least so sure come too", at_most=1)
+    temperature: float = option(1.0, "below 1 sharper, 0 the likeliest")
+    top_k: int = option(0, "draw from the K likeliest tokens; 0: from all")
+    top_p: float = option(1.0, "draw from the likeliest, up to this sum", at_most=1)
     correct: str = option("", "rewrite the unlikely tokens of this text")
-    doubt: float = option(6.0, "--correct: how much likelier the other is, in nats", at_least=0)
+    doubt: float = option(6.0, "--correct: how much likelier the other is, in nats")
     bench: str = option("", "runs to compare, with commas; --order, --steps, --threshold narrow it")
     judge: str = option("", "--bench: the AR run that judges, best of another seed; not of stories")
     texts: int = option(128, "--bench: texts a row", at_least=2)
     out: str = option("runs/bench", "--bench: folder of its bench.json")
     watch: bool = option(False, "show texts as they resolve: hidden tokens dim, new ones bright")
     gif: str = option("", "draw the first text, resolving, into this file")
-    seed: int = option(0, "the same seed and options give the same texts", at_least=0)
+    seed: int = option(0, "the same seed and options give the same texts")
     device: str = option("auto", "auto, cuda, mps or cpu")
 
 
@@ -277,9 +277,8 @@ def compare(entrants, judge, corpus, B, seed=0):
     """
     model = entrants[0][1]
     held_out = consecutive(corpus.parts["test"], model.L, B).to(model.embedding.weight.device)
-    given, begin = None, 0
-    if isinstance(model, Pretrained):     # it has read of everything: say what to write about
-        given, begin = beginnings(held_out.repeat(B, 1)[:B], model.V), model.L // 4
+    given = beginnings(model, held_out.repeat(B, 1)[:B])
+    begin = 0 if given is None else model.L // 4
     ends = passages(corpus, min(B, 256))
     rows = [{"what": "held-out text", **marks(held_out[:, begin:], judge, corpus)}]
     print_rows(rows, header=f"{B} texts")
@@ -328,17 +327,22 @@ def marks(x, judge, corpus):
     return {**row, "samples": texts[:4]}
 
 
-def beginnings(x, V):
-    """Texts x (n, L) with all but the first quarter hidden."""
+def beginnings(model, x):
+    """Texts x (n, L) with all but the first quarter hidden, where `model` is a pre-trained one.
+
+    It has read of everything, so it is told what to write about. Other models: None.
+    """
+    if not isinstance(model, Pretrained):
+        return None
     z = x.clone()
-    z[:, x.size(1) // 4:] = V
+    z[:, model.L // 4:] = model.V
     return z
 
 
-def timed(act, repeats=3):
-    """Seconds of act(), ascending; the median is the one in the middle."""
+def timed(act):
+    """Three times the seconds of act(), ascending: the median is in the middle."""
     act()                                                                # warms up
-    return sorted(timeit.repeat(act, number=1, repeat=repeats))
+    return sorted(timeit.repeat(act, number=1, repeat=3))
 
 
 def print_rows(rows, header=None):
@@ -358,7 +362,7 @@ def bench(o):
     loaded = [load(path, "--bench", o.device) for path in paths]
     first, tokenizer, ckpt = loaded[0]
     corpus = load_corpus(ckpt["options"]["data"], tokenizer, first.L)
-    judge = load_judge(o, first, tokenizer)
+    judge = load_judge(o, first, tokenizer) if o.judge else None
     if not judge and corpus.name != "stories":
         raise UserError("--bench: wants a judge; name an AR run with --judge")
     entrants = []
@@ -372,9 +376,7 @@ def bench(o):
 
 
 def load_judge(o, model, tokenizer):
-    """The judge as `load` gives it, or None. It reads what the models read, or their text."""
-    if not o.judge:
-        return None
+    """The judge as `load` gives it. It reads what the models read, or their text."""
     judge = load(o.judge, "--judge", o.device)
     if judge[0].b != 1:
         raise UserError(f"--judge {o.judge}: a diffusion model; name an AR one")
