@@ -167,7 +167,7 @@ def choose_method(o):
     goes_with = {"sampled": ("later",), "rollout": ("prefix",)}
     if o.target not in goes_with.get(o.states, ("onehot", "prefix", *dlm.ESTIMATORS)):
         raise UserError(f"--states {o.states} --target {o.target}: do not go together; rollout "
-                        "wants prefix; sdtt needs neither option")
+                        "wants prefix; sdtt, and so all, want neither option")
     return o
 
 
@@ -439,8 +439,6 @@ def most_steps(o, b):
 
 def rounds(o):
     """SDTT: each round is a run, whose student starts the next -> the last one's folder."""
-    if o.target:
-        raise UserError(f"--target {o.target}: sdtt has a target of its own; leave this option out")
     untrained = o.student in ("ar", "random")
     b = 1 if untrained else train_teacher.load(o.student, "--student")[0].b
     if b == 1:
@@ -478,10 +476,6 @@ def table_in(path):
 
 def main_job(o):
     """TCS, SDTT from its student, and OPDLM, each a run; then one table and one figure of all."""
-    if o.states or o.target:
-        name = "states" if o.states else "target"
-        raise UserError(f"--{name} {vars(o)[name]}: every method has its own; "
-                        "name one with --method")
     parts = {method: dataclasses.replace(o, method=method, texts=max(16, o.texts // 2),
                                          updates=max(1, round(o.updates * share)))
              for method, share in SHARES.items()}

@@ -410,7 +410,7 @@ def test_sdtt_goes_on_where_it_was_interrupted(call, monkeypatch):
     ("--student runs/other", "--student"), (f"--student {TCS} --fewest 4", "--steps"),
     (f"--student {TCS} --steps 2 --fewest 2", "--steps"),
     (f"--student {TCS} --k 8", "--steps"), (f"--student {TCS} --k 1", "--k"),
-    (f"--target onehot --student {TCS}", "--target"),
+    (f"--target onehot --student {TCS}", "--states sampled --target"),
     (f"--student {TCS} --states data", "--states"),
     (f"--student {TCS} --states teacher", "--states"),
     (f"--student {TCS} --states rollout", "--states")])
