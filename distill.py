@@ -14,11 +14,10 @@ if __name__ == "__main__":  # torch takes a second to import: until run_script, 
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import copy
-import dataclasses
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import dlm  # before torch, for a setting that torch must find when it starts
@@ -28,7 +27,8 @@ import torch
 from tqdm import tqdm
 
 from dlm import UserError
-from train_teacher import option
+from train_teacher import (Pretrained, ar_model, consecutive, is_pretrained, load, option, parse,
+                           pick_device, resumed, run_name, same_text, same_vocabulary, write_json)
 
 METHODS = {  # name: states, target
     "plain": ("data", "onehot"),        # masked diffusion without a teacher: the baseline
@@ -151,10 +151,9 @@ def choose_method(o):
     rate = RATE_OF_STORIES if o.data == "stories" else RATE
     if o.student == "random":
         rate = RATE_AT_RANDOM
-    if train_teacher.is_pretrained(o.teacher):
+    if is_pretrained(o.teacher):
         rate = RATE_PRETRAINED
-    o = dataclasses.replace(o, states=o.states or states, target=o.target or target,
-                            lr=o.lr or rate)
+    o = replace(o, states=o.states or states, target=o.target or target, lr=o.lr or rate)
     if o.block == 1 and (o.states, o.target) != ("data", "onehot"):
         raise UserError("--block 1: that is the AR model itself, and goes with --method plain; "
                         "use 2 or more, or 0 for all")
@@ -205,8 +204,7 @@ class Distillation:
         self.o = o
         self.teacher = teacher
         self.texts = texts_for(o, teacher, corpus.parts["train"].to(device))
-        held = train_teacher.consecutive(corpus.parts["val"], student.L, o.judged)
-        self.held = held.to(device)
+        self.held = consecutive(corpus.parts["val"], student.L, o.judged).to(device)
         if dlm.is_continuous(student):          # where noise costs half of what the teacher lacks
             nats = dlm.bound(teacher, self.held)[0]
             student.noise[0] = math.log(student.c.D / 2 / nats)
@@ -281,10 +279,10 @@ def plot_quality(rows):
 
 def teacher_path(o):
     """The AR model to learn from: given, found in runs/, or trained first."""
-    if train_teacher.is_pretrained(o.teacher):
+    if is_pretrained(o.teacher):
         return train_teacher.import_pretrained(o.teacher, o.context)
     like = train_teacher.Options(tokenizer=o.tokenizer)
-    return Path(o.teacher or train_teacher.ar_model(o, 0, "teacher", like))
+    return Path(o.teacher or ar_model(o, 0, "teacher", like))
 
 
 def load_models(o, device, folder, ckpt):
@@ -293,7 +291,7 @@ def load_models(o, device, folder, ckpt):
     folder, ckpt: of the run that goes on, if one does.
     """
     path = teacher_path(o)
-    teacher, tokenizer, teacher_ckpt = train_teacher.load(path, "--teacher", device)
+    teacher, tokenizer, teacher_ckpt = load(path, "--teacher", device)
     if teacher.b != 1:
         raise UserError(f"--teacher {path}: a diffusion model (b = {teacher.b}), where an AR one "
                         "is needed; train one with train_teacher.py, or use this as --student")
@@ -306,21 +304,21 @@ def load_models(o, device, folder, ckpt):
     if pretrained:                      # its tokens suit any text; the judge reads characters
         like = JUDGE_OF_TEXT
     elif o.teacher:                     # it may have learned from any text, in the same tokens
-        train_teacher.same_vocabulary(f"--teacher {path}", tokenizer, teacher,
-                                      f"--data {o.data}", corpus.tokenizer, teacher)
+        same_vocabulary(f"--teacher {path}", tokenizer, teacher,
+                        f"--data {o.data}", corpus.tokenizer, teacher)
     else:
-        train_teacher.same_text(path, teacher_ckpt, corpus)
+        same_text(path, teacher_ckpt, corpus)
     if ckpt:
-        train_teacher.same_text(folder, ckpt, corpus)
+        same_text(folder, ckpt, corpus)
 
     judge = None
     if corpus.name != "stories":        # where each story is right or wrong
-        judge_path = train_teacher.ar_model(o, like.seed + 1, "judge", like)
-        judge = train_teacher.load(judge_path, "the judge,", device)
+        judge_path = ar_model(o, like.seed + 1, "judge", like)
+        judge = load(judge_path, "the judge,", device)
         if not pretrained:
-            train_teacher.same_text(judge_path, judge[2], corpus)
-            train_teacher.same_vocabulary(f"--teacher {path}", tokenizer, teacher,
-                                          f"the judge, {judge_path}", judge[1], judge[0])
+            same_text(judge_path, judge[2], corpus)
+            same_vocabulary(f"--teacher {path}", tokenizer, teacher,
+                            f"the judge, {judge_path}", judge[1], judge[0])
     return path, teacher, student, judge, corpus
 
 
@@ -329,13 +327,13 @@ def make_student(o, teacher, tokenizer, device):
     b = o.block or teacher.L
     start = teacher
     if o.student not in ("ar", "random"):
-        start, its_tokenizer, _ = train_teacher.load(o.student, "--student", device)
-        train_teacher.same_vocabulary(f"--student {o.student}", its_tokenizer, start,
-                                      "the teacher", tokenizer, teacher)
+        start, its_tokenizer, _ = load(o.student, "--student", device)
+        same_vocabulary(f"--student {o.student}", its_tokenizer, start,
+                        "the teacher", tokenizer, teacher)
     torch.manual_seed(o.seed)
     D = train_teacher.DIMENSIONS if o.noise == "gaussian" else 0
-    c = dataclasses.replace(start.c, b=b, D=D)
-    if D and isinstance(start, train_teacher.Pretrained):
+    c = replace(start.c, b=b, D=D)
+    if D and isinstance(start, Pretrained):
         raise UserError("--noise gaussian: with a pre-trained teacher only --noise mask works")
     if start.b > 1 and start.c.D != D:
         raise UserError(f"--student {o.student}: {'noise' if start.c.D else 'masks'} hid its "
@@ -350,10 +348,10 @@ def make_student(o, teacher, tokenizer, device):
 
 def run(o, ckpt=None):
     """One method: trains into its folder, and reports."""
-    device = train_teacher.pick_device(o.device)
+    device = pick_device(o.device)
     o = choose_method(o)
     what = o.method if METHODS[o.method] == (o.states, o.target) else f"{o.states}-{o.target}"
-    folder = train_teacher.folder_of(o, train_teacher.run_name(o, what, f"-b{o.block}"))
+    folder = train_teacher.folder_of(o, run_name(o, what, f"-b{o.block}"))
     path, teacher, student, judge, corpus = load_models(o, device, folder, ckpt)
     start = time.time()
     method = Distillation(o, teacher, student, corpus)
@@ -369,7 +367,7 @@ def run(o, ckpt=None):
 def let_write(name, model, teacher, judge, corpus, o, most):
     """The rows of a table: held-out text, the AR teacher, and a model by steps and thresholds."""
     ways = sample.ways_to_write(model, "left", most=most)
-    if isinstance(model, train_teacher.Pretrained):          # each takes a minute
+    if isinstance(model, Pretrained):                        # each takes a minute
         ways = {f"{k} a step": {"order": "left", "steps": model.b // k}
                 for k in (1, 2, 4) if model.b % k == 0}
     entrants = [("AR teacher", teacher, {})]
@@ -383,8 +381,7 @@ def report(o, folder, trainer, teacher, judge, corpus, more):
     most = min(model.b, o.steps or model.b)
     rows = let_write("student", model, teacher, judge, corpus, o, most)
     if model.L % model.b == 0 and not dlm.is_continuous(model):
-        held = train_teacher.consecutive(corpus.parts["test"], model.L, 64)
-        held = held.to(model.embedding.weight.device)
+        held = consecutive(corpus.parts["test"], model.L, 64).to(model.embedding.weight.device)
         more["gap"] = dlm.inference_gap(model, teacher, held, most, o.order)
         print("\nKL from the AR teacher: {:.3f} nats per token on states that the student visits, "
               "{:.3f} on random masks".format(*more["gap"]))
@@ -412,12 +409,12 @@ def report(o, folder, trainer, teacher, judge, corpus, more):
 def finish(o, folder):
     """Runs into the folder, or goes on there; a finished run stays as it is -> the folder."""
     folder = str(Path(folder))                                  # as a run keeps it
-    o = dataclasses.replace(o, out=folder)
+    o = replace(o, out=folder)
     ckpt = None
     if Path(folder, "checkpoint.pt").exists() and not o.overwrite:
-        asked = dataclasses.replace(o, resume=folder)
-        kept, ckpt = train_teacher.resumed(asked, [])
-        if choose_method(asked) != dataclasses.replace(kept, overwrite=False):
+        asked = replace(o, resume=folder)
+        kept, ckpt = resumed(asked, [])
+        if choose_method(asked) != replace(kept, overwrite=False):
             raise UserError(f"--out {folder}: holds a run with other options; "
                             "--overwrite replaces it, or name another")
         o = kept
@@ -440,25 +437,25 @@ def most_steps(o, b):
 def rounds(o):
     """SDTT: each round is a run, whose student starts the next -> the last one's folder."""
     untrained = o.student in ("ar", "random")
-    b = 1 if untrained else train_teacher.load(o.student, "--student")[0].b
+    b = 1 if untrained else load(o.student, "--student")[0].b
     if b == 1:
         raise UserError(f"--student {o.student}: sdtt starts from a trained diffusion model; "
                         "name its run")
     N = most_steps(o, b)
-    base = o.out or "runs/" + train_teacher.run_name(o, o.method, f"-b{b}")
+    base = o.out or "runs/" + run_name(o, o.method, f"-b{b}")
     student = o.student
     while N // o.k >= o.fewest:
         N = N // o.k
         print(f"\n{N * o.k} steps a block become {N}", flush=True)
-        part = dataclasses.replace(o, steps=N * o.k, fewest=N, block=b, student=student)
+        part = replace(o, steps=N * o.k, fewest=N, block=b, student=student)
         student = finish(part, f"{base}-{N}steps")
     return student
 
 
 def before_training(o, folder):
     """The first rows of the main job's table, and b: text, the AR teacher, its weights opened."""
-    o = dataclasses.replace(o, method="opdlm")
-    device = train_teacher.pick_device(o.device)
+    o = replace(o, method="opdlm")
+    device = pick_device(o.device)
     _, teacher, student, judge, corpus = load_models(o, device, folder, None)
     b = student.b
     if teacher.L % b:
@@ -466,7 +463,7 @@ def before_training(o, folder):
     path = folder / "untrained.json"
     if o.overwrite or not path.exists():
         rows = let_write("untrained", student.eval(), teacher, judge, corpus, o, b)
-        train_teacher.write_json(path, {"table": rows})
+        write_json(path, {"table": rows})
     return table_in(path), b
 
 
@@ -476,8 +473,8 @@ def table_in(path):
 
 def main_job(o):
     """TCS, SDTT from its student, and OPDLM, each a run; then one table and one figure of all."""
-    parts = {method: dataclasses.replace(o, method=method, texts=max(16, o.texts // 2),
-                                         updates=max(1, round(o.updates * share)))
+    parts = {method: replace(o, method=method, texts=max(16, o.texts // 2),
+                             updates=max(1, round(o.updates * share)))
              for method, share in SHARES.items()}
     for part in parts.values():
         choose_method(part)                             # refuses now what it would later
@@ -485,12 +482,11 @@ def main_job(o):
         most_steps(o, o.block)
     print("a teacher (and a judge, but for stories), then TCS, SDTT and OPDLM: with the defaults "
           "5 to 8 minutes on 2 cores", flush=True)
-    folder = Path(o.out or "runs/" + train_teacher.run_name(o, "all", f"-b{o.block}"))
+    folder = Path(o.out or "runs/" + run_name(o, "all", f"-b{o.block}"))
     table, b = before_training(o, folder)
     tcs = finish(parts["tcs"], f"{folder}-tcs")
-    one_round = dataclasses.replace(parts["sdtt"], student=tcs, out=f"{folder}-sdtt",
-                                    fewest=most_steps(o, b) // o.k)
-    sdtt = rounds(one_round)
+    fewest = most_steps(o, b) // o.k                    # of a single round
+    sdtt = rounds(replace(parts["sdtt"], student=tcs, out=f"{folder}-sdtt", fewest=fewest))
     opdlm = finish(parts["opdlm"], f"{folder}-opdlm")
 
     for name, its_folder in {"TCS": tcs, "SDTT": sdtt, "OPDLM": opdlm}.items():
@@ -498,15 +494,15 @@ def main_job(o):
         table += [{**r, "what": r["what"].replace("student", name)} for r in rows]
     sample.print_rows(table, header=f"blocks of {b}")
     train_teacher.save_figure(plot_quality(table), folder / "quality.png")
-    train_teacher.write_json(folder / "metrics.json", {"options": vars(o), "table": table})
+    write_json(folder / "metrics.json", {"options": vars(o), "table": table})
     print(f"{folder}: metrics.json and quality.png of them all")
 
 
 def main(argv):
-    o = train_teacher.parse(Options, argv, __doc__)
+    o = parse(Options, argv, __doc__)
     if o.preset:
-        o = train_teacher.parse(Options, argv, __doc__, PRESETS[o.preset])
-    o, ckpt = train_teacher.resumed(o, argv)
+        o = parse(Options, argv, __doc__, PRESETS[o.preset])
+    o, ckpt = resumed(o, argv)
     if ckpt or o.method not in ("all", "sdtt"):
         run(o, ckpt)
     elif o.method == "sdtt":
