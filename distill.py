@@ -259,10 +259,10 @@ class Distillation:
 def plot_quality(rows):
     """Quality and entropy against calls; the first two rows, text and AR teacher, as lines."""
     fig, axes = train_teacher.subplots(2, (8, 3.2))
-    labels = {"judge_nll": "judge NLL, nats per token", "entropy": "unigram entropy, nats"}
+    quality = ("judge_nll", "judge NLL, nats per token")
     if "right" in rows[0]:
-        labels = {"right": "share of stories that are right", "entropy": labels["entropy"]}
-    for ax, (key, label) in zip(axes, labels.items()):
+        quality = ("right", "share of stories that are right")
+    for ax, (key, label) in zip(axes, [quality, ("entropy", "unigram entropy, nats")]):
         for r, style in zip(rows[:2], (":", "--")):
             ax.axhline(r.get(key, math.nan), color="0.5", linestyle=style, label=r["what"])
         lines = {}
@@ -298,15 +298,16 @@ def load_models(o, device, folder, ckpt):
     student = make_student(o, teacher, tokenizer, device)
 
     like = train_teacher.options_of(teacher_ckpt)
+    spec = tokenizer
     pretrained = tokenizer.kind == "pretrained"
-    spec = like.tokenizer if o.teacher and not pretrained else tokenizer
-    corpus = train_teacher.load_corpus(o.data, spec, teacher.L)
     if pretrained:                      # its tokens suit any text; the judge reads characters
         like = JUDGE_OF_TEXT
     elif o.teacher:                     # it may have learned from any text, in the same tokens
-        same_vocabulary(f"--teacher {path}", tokenizer, teacher,
-                        f"--data {o.data}", corpus.tokenizer, teacher)
-    else:
+        spec = like.tokenizer
+    corpus = train_teacher.load_corpus(o.data, spec, teacher.L)
+    same_vocabulary(f"--teacher {path}", tokenizer, teacher,
+                    f"--data {o.data}", corpus.tokenizer, teacher)
+    if not o.teacher:
         same_text(path, teacher_ckpt, corpus)
     if ckpt:
         same_text(folder, ckpt, corpus)
@@ -341,7 +342,7 @@ def make_student(o, teacher, tokenizer, device):
     student = train_teacher.new_model(c).to(device)
     if o.student != "random":
         student.load_state_dict(start.state_dict(), strict=False)
-        if c.D and not start.c.D:
+        if D and not start.c.D:
             student.place(teacher.embedding.weight[:teacher.V].detach())
     return student
 
@@ -386,13 +387,9 @@ def report(o, folder, trainer, teacher, judge, corpus, more):
         print("\nKL from the AR teacher: {:.3f} nats per token on states that the student visits, "
               "{:.3f} on random masks".format(*more["gap"]))
     more["teacher_nats_per_char"] = train_teacher.test_bound(teacher, corpus)[2]
-    for text in filter(None, o.unseen.split(",")):
-        lines = "".join(train_teacher.read_lines(text, "--unseen"))
-        ids = corpus.tokenizer.encode(lines, "--unseen", unknown="drop")
-        its_bound, its_nll = (train_teacher.bound_of(m, ids, len(ids) / len(lines))[2]
-                              for m in (model, teacher))
-        more.setdefault("unseen", {})[text] = {"nats_per_char": its_bound, "teacher": its_nll}
-        print(f"{text}: {its_bound:.3f} nats per character, the AR teacher {its_nll:.3f}")
+    if o.unseen:
+        more["unseen"] = {path: cost_of_file(path, model, teacher, corpus.tokenizer)
+                          for path in o.unseen.split(",") if path}
     train_teacher.report(o, folder, trainer, model, corpus, table=rows,
                          validated="bound, and teacher's NLL of samples", **more)
     train_teacher.save_figure(plot_quality(rows), folder / "quality.png")
@@ -404,6 +401,15 @@ def report(o, folder, trainer, teacher, judge, corpus, more):
             print("  " + text.replace("\n", "⏎"))
     print(f"\n{folder}: checkpoint.pt, metrics.json, loss.png, quality.png. "
           f"Next: python sample.py --checkpoint {folder}")
+
+
+def cost_of_file(path, model, teacher, tokenizer):
+    """The bounds of the student and of the teacher on a text file: nats per character."""
+    text = "".join(train_teacher.read_lines(path, "--unseen"))
+    ids = tokenizer.encode(text, unknown="drop")
+    bound, nll = (train_teacher.bound_of(m, ids, len(ids) / len(text))[2] for m in (model, teacher))
+    print(f"{path}: {bound:.3f} nats per character, the AR teacher {nll:.3f}")
+    return {"nats_per_char": bound, "teacher": nll}
 
 
 def finish(o, folder):
@@ -490,8 +496,8 @@ def main_job(o):
     opdlm = finish(parts["opdlm"], f"{folder}-opdlm")
 
     for name, its_folder in {"TCS": tcs, "SDTT": sdtt, "OPDLM": opdlm}.items():
-        _, _, *rows = table_in(f"{its_folder}/metrics.json")
-        table += [{**r, "what": r["what"].replace("student", name)} for r in rows]
+        for r in table_in(f"{its_folder}/metrics.json")[2:]:
+            table.append({**r, "what": r["what"].replace("student", name)})
     sample.print_rows(table, header=f"blocks of {b}")
     train_teacher.save_figure(plot_quality(table), folder / "quality.png")
     write_json(folder / "metrics.json", {"options": vars(o), "table": table})
