@@ -209,7 +209,8 @@ def write(o, model, tokenizer, z):
         if o.watch and sys.stdout.isatty():
             height = show(texts, height)
             time.sleep(0.08)
-        if all((HIDDEN, "hidden") not in text for text in texts):
+        finished = all((HIDDEN, "hidden") not in text for text in texts)
+        if finished and not dlm.is_continuous(model):        # whose first guesses change
             break
     texts = texts_of(now, now)
     show(texts, height)

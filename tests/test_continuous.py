@@ -303,8 +303,9 @@ def test_every_target_trains_and_writes(call, method):
     ways = [row["what"].split(", ")[-1] for row in metrics("run")["table"]]
     assert "order left steps 4" in ways and "order together steps 16" in ways
     for order in ("", "--order together"):
-        code, out, _ = call("sample", f"--checkpoint run --number 2 --steps 4 {order}",
-                            "--prompt", "the ____ of")
+        argv = (f"--checkpoint run --number 2 --steps 4 {order}", "--prompt", "the ____ of")
+        code, out, _ = call("sample", *argv)
+        assert call("sample", *argv, "--watch")[1] == out           # not its first guesses
         assert code == 0 and all(t.startswith("the ") and t.endswith(" of") for t in texts(out))
 
 
