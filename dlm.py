@@ -613,7 +613,7 @@ def rollout(model, x, steps=0, order="spread"):
     """
     B, L = x.shape
     b = model.b
-    if order not in ORDERS or order == "ancestral":
+    if order not in ORDERS[1:]:
         raise UserError(f"--order {order}: rollouts take {', '.join(ORDERS[1:])}; "
                         "an ancestral step may reveal nothing")
     if L % b:

@@ -30,7 +30,6 @@ from train_teacher import (Pretrained, consecutive, load, load_corpus, mark_stor
                            write_json)
 
 SHIPPED = Path(__file__).parent / "assets" / "dlm-docs-whole.pt"  # to see something at once
-SURE = (0.9, 0.99)                  # thresholds that tables compare
 HIDDEN = "░"
 COLOURS = {"given": "\033[36m{}\033[0m", "hidden": "\033[2m{}\033[0m", "new": "\033[1;32m{}\033[0m"}
 INKS = {"given": "#0a7d8c", "hidden": "#bbbbbb", "new": "#1a9641", "old": "#222222"}
@@ -264,7 +263,7 @@ def ways_to_write(model, order="", steps=0, threshold=0.0, most=0):
         if not steps and dlm.is_continuous(model):
             ways += [{"order": "together", "steps": N} for N in (16, 64)]
         elif not steps:
-            ways += [{"order": "left", "threshold": t} for t in SURE]
+            ways += [{"order": "left", "threshold": sure} for sure in (0.9, 0.99)]
     return {" ".join(f"{key} {value}" for key, value in way.items()): way for way in ways}
 
 
