@@ -38,12 +38,8 @@ METHODS = {  # name: states, target
     "sdtt": ("sampled", "later"),       # the teacher is the student's earlier self
     "opdlm": ("rollout", "prefix"),     # on-policy: the student's own text, the AR model's word
 }
-RATE = 0.002          # of students that know something: a higher one makes them forget it
-RATE_OF_STORIES = 0.006              # which are soon learned again
-RATE_AT_RANDOM = 0.02
 JUDGE_OF_TEXT = train_teacher.Options(tokenizer="char", context=128, updates=500)
 SHARES = {"tcs": 0.6, "sdtt": 0.08, "opdlm": 0.3}    # of --updates, with --method all
-RATE_PRETRAINED = 5e-5                # AdamW's
 ON_A_GPU = {"data": "docs", "context": 256, "updates": 2000, "batch_size": 32, "texts": 4096,
             "block": 16, "candidates": 4, "judged": 64}
 PRESETS = {  # for pre-trained teachers: options that the command line does not give
@@ -148,11 +144,13 @@ def halves(o, b, teacher, earlier_self, kept):
 def choose_method(o):
     """Fills in what the method says and the user did not, and refuses pairs that make no sense."""
     states, target = METHODS[o.method]
-    rate = RATE_OF_STORIES if o.data == "stories" else RATE
+    rate = 0.002            # a higher one makes students forget what they know
+    if o.data == "stories":
+        rate = 0.006        # stories are soon learned again
     if o.student == "random":
-        rate = RATE_AT_RANDOM
+        rate = 0.02
     if is_pretrained(o.teacher):
-        rate = RATE_PRETRAINED
+        rate = 5e-5         # AdamW's
     o = replace(o, states=o.states or states, target=o.target or target, lr=o.lr or rate)
     if o.block == 1 and (o.states, o.target) != ("data", "onehot"):
         raise UserError("--block 1: that is the AR model itself, and goes with --method plain; "
