@@ -93,6 +93,7 @@ PEOPLE = {"Mia": ("she", "her"), "Eve": ("she", "her"), "Zoe": ("she", "her"),
 COLOURS = ("red", "blue", "green", "black", "white")
 THINGS = ("cups", "hats", "pens", "books", "balls", "kites")
 NUMBERS = [str(n) for n in range(2, 19)]    # m and n are 2 to 9, and m up to 18 where n are taken
+KNOWN = {"A": PEOPLE, "B": PEOPLE, "m": NUMBERS, "n": NUMBERS, "colour": COLOURS, "thing": THINGS}
 FORMS = (
     "{A} had {m} {colour} {thing}. {B} gave {her} {n} more. Now {she} has {sum} {colour} {thing}.",
     "{A} had {m} {colour} {thing}. {B} took {n} from {her}. Now {she} has {rest} {colour} {thing}.",
@@ -106,8 +107,8 @@ def words_of(A, B, m, n, colour, thing):
     she, her: A's pronouns, also where A is a man. sum, rest: what must follow.
     """
     she, her = PEOPLE[A]
-    return {"A": A, "B": B, "m": m, "n": n, "colour": colour, "thing": thing,
-            "she": she, "her": her, "sum": m + n, "rest": m - n}
+    return {"A": A, "B": B, "m": m, "n": n, "colour": colour, "thing": thing, "she": she,
+            "her": her, "sum": str(int(m) + int(n)), "rest": str(int(m) - int(n))}
 
 
 def stories(number=8000):
@@ -123,52 +124,36 @@ def stories(number=8000):
     return list(dict.fromkeys(told))         # each once: held-out stories were not trained on
 
 
-def told_as(story):
-    """The names of the words of a story, and the match that holds them, in order; or two None."""
+def marked(story):
+    """A story with *asterisks* around its wrong words, or around all of it if it has no form.
+
+    Words that nobody knows, or a second person who is the first, are marked alone, for then
+    nothing can be computed. A word that is wrong in one place is marked wherever it belongs.
+    """
     for form in FORMS:
         said = re.fullmatch(re.sub(r"{\w+}", r"(\\w+)", form.replace(".", r"\.")), story)
         if said:
-            return re.findall(r"{(\w+)}", form), said
-    return None, None
-
-
-def faults(story):
-    """Which words of a story are wrong, by their names in FORMS: a set, empty if none is.
-
-    {"form"} if it has none of the forms. Words that nobody knows, or a second person who is the
-    first, are told alone, for then nothing can be computed.
-    """
-    names, said = told_as(story)
-    if not said:
-        return {"form"}
-    pairs = [*zip(names, said.groups())]
-    known = {"A": PEOPLE, "B": PEOPLE, "m": NUMBERS, "n": NUMBERS,
-             "colour": COLOURS, "thing": THINGS}
-    chosen = {name: word for name, word in reversed(pairs) if name in known}        # first ones
-    strange = {name for name, word in chosen.items() if word not in known[name]}
-    if strange or chosen["A"] == chosen["B"]:
-        return strange or {"B"}
-    chosen |= {"m": int(chosen["m"]), "n": int(chosen["n"])}
-    right = words_of(**chosen)
-    return {name for name, word in pairs if word != str(right[name])}
+            break
+    else:
+        return f"*{story}*"
+    pairs = [*zip(re.findall(r"{(\w+)}", form), said.groups())]
+    first = dict(reversed(pairs))                           # the first word of each name
+    chosen = {name: first[name] for name in KNOWN}
+    wrong = {name for name in KNOWN if chosen[name] not in KNOWN[name]}
+    if not wrong and chosen["A"] == chosen["B"]:
+        wrong = {"B"}
+    if not wrong:
+        right = words_of(**chosen)
+        wrong = {name for name, word in pairs if word != right[name]}
+    words = [f"*{word}*" if name in wrong else word for name, word in pairs]
+    return re.sub(r"{\w+}", "{}", form).format(*words)
 
 
 def with_marks(text):
-    """A text with *asterisks* around the wrong words of each whole story, or around all of it."""
-    if "\n" not in text:
-        return text
-    first, *stories, last = text.split("\n")
-    for i, story in enumerate(stories):
-        names, said = told_as(story)
-        if not said:
-            stories[i] = f"*{story}*"
-            continue
-        wrong = faults(story)
-        spans = [said.span(number) for number, name in enumerate(names, 1) if name in wrong]
-        for start, stop in reversed(spans):                 # from the right, so that places stay
-            story = f"{story[:start]}*{story[start:stop]}*{story[stop:]}"
-        stories[i] = story
-    return "\n".join([first, *stories, last])
+    """A text whose stories are `marked`; a window cuts the first and the last line, which stay."""
+    lines = text.split("\n")
+    lines[1:-1] = map(marked, lines[1:-1])
+    return "\n".join(lines)
 
 
 def mark_stories(texts, train_text):
@@ -179,7 +164,7 @@ def mark_stories(texts, train_text):
     """
     told = [line for text in texts for line in text.split("\n")[1:-1]]
     n = max(1, len(told))
-    right = sum(not faults(line) for line in told) / n
+    right = sum(marked(line) == line for line in told) / n
     known = set(train_text.splitlines())
     return {"stories": len(told), "right": right, "right_se": (right * (1 - right) / n) ** 0.5,
             "distinct": len(set(told)) / n, "known": sum(line in known for line in told) / n}

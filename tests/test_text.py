@@ -113,7 +113,7 @@ def test_python_without_topics_is_told_the_way_out(monkeypatch):
 def test_stories_are_right_and_told_once():
     lines = [line.rstrip("\n") for line in train_teacher.stories()]
     assert 7500 < len(lines) == len(set(lines))
-    assert not any(train_teacher.faults(line) for line in lines)
+    assert all(train_teacher.marked(line) == line for line in lines)
     for form in train_teacher.FORMS:                         # each form is a quarter of them
         start = form.format_map({"A": r"\w+", "m": r"\d+", "colour": r"\w+", "thing": r"\w+",
                                  "B": r"\w+", "n": r"\d+", "she": "(she|he)", "her": "(her|him)",
@@ -133,26 +133,26 @@ def test_wrong_words_of_whole_stories_are_marked():
     assert train_teacher.with_marks("no line end") == "no line end"
 
 
-@pytest.mark.parametrize("story, wrong", [
-    ("Mia had 7 red cups. Leo gave her 5 more. Now she has 12 red cups.", set()),
-    ("Mia had 7 red cups. Leo gave her 5 more. Now she has 13 red cups.", {"sum"}),
-    ("Mia had 7 red cups. Leo gave him 5 more. Now he has 12 red cups.", {"she", "her"}),
-    ("Mia had 7 red cups. Leo gave her 5 more. Now she has 12 blue hats.", {"colour", "thing"}),
-    ("Mia had 7 red cups. Mia gave her 5 more. Now she has 12 red cups.", {"B"}),
-    ("Lia had 7 red cups. Leo gave her 5 more. Now she has 12 red cups.", {"A"}),
-    ("Mia had many red cups. Leo gave her 5 more. Now she has 12 red cups.", {"m"}),
-    ("Mia had 7 rude cups. Leo gave her 5 more. Now she has 12 rude cups.", {"colour"}),
-    ("Tom had 9 red kites. Eve took 4 from him. Now he has 5 red kites.", set()),
-    ("Tom had 9 red kites. Eve took 4 from him. Now he has 6 red kites.", {"rest"}),
-    ("Zoe has 2 black pens. Sam has 2. Together they have 4 black pens.", set()),
-    ("Zoe has 2 black pens. Sam has 2. Together they have 4 black balls.", {"thing"}),
-    ("Zoe saw 2 black pens. Sam saw 3 more than she did. So Sam saw 5.", set()),
-    ("Zoe saw 2 black pens. Sam saw 3 more than he did. So Zoe saw 5.", {"she", "B"}),
-    ("Zoe saw 2 black pens. Sam saw 3 more than she did. So Sam saw.", {"form"}),
-    ("Zoe saw 2 black pens. Sam saw 3 more than she did. So Sam saw 5. ", {"form"}),
-    ("", {"form"})])
-def test_faults_of_a_story(story, wrong):
-    assert train_teacher.faults(story) == wrong
+@pytest.mark.parametrize("marked", [
+    "Mia had 7 red cups. Leo gave her 5 more. Now she has 12 red cups.",
+    "Mia had 7 red cups. Leo gave her 5 more. Now she has *13* red cups.",
+    "Mia had 7 red cups. Leo gave *him* 5 more. Now *he* has 12 red cups.",
+    "Mia had 7 *red* *cups*. Leo gave her 5 more. Now she has 12 *blue* *hats*.",
+    "Mia had 7 red cups. *Mia* gave her 5 more. Now she has 12 red cups.",
+    "*Lia* had 7 red cups. Leo gave her 5 more. Now she has 12 red cups.",
+    "Mia had *many* red cups. Leo gave her 5 more. Now she has 12 red cups.",
+    "Mia had 7 *rude* cups. Leo gave her 5 more. Now she has 12 *rude* cups.",
+    "Tom had 9 red kites. Eve took 4 from him. Now he has 5 red kites.",
+    "Tom had 9 red kites. Eve took 4 from him. Now he has *6* red kites.",
+    "Zoe has 2 black pens. Sam has 2. Together they have 4 black pens.",
+    "Zoe has 2 black *pens*. Sam has 2. Together they have 4 black *balls*.",
+    "Zoe saw 2 black pens. Sam saw 3 more than she did. So Sam saw 5.",
+    "Zoe saw 2 black pens. *Sam* saw 3 more than *he* did. So *Zoe* saw 5.",
+    "*Zoe saw 2 black pens. Sam saw 3 more than she did. So Sam saw.*",
+    "*Zoe saw 2 black pens. Sam saw 3 more than she did. So Sam saw 5. *",
+    "**"])
+def test_marks_of_a_story(marked):
+    assert train_teacher.marked(marked.replace("*", "")) == marked
 
 
 def test_marks_of_stories():
