@@ -192,9 +192,11 @@ def cut_chunks(lines):
     rest = ""
     for line in lines:
         rest += line
+        while len(rest) >= 2 * CHUNK:
+            chunks.append(rest[:CHUNK])
+            rest = rest[CHUNK:]
         if len(rest) >= CHUNK:
-            *starts, last = range(0, len(rest) - CHUNK + 1, CHUNK)
-            chunks += [rest[i:i + CHUNK] for i in starts] + [rest[last:]]
+            chunks.append(rest)
             rest = ""
     return chunks + [rest] if rest else chunks
 
@@ -217,25 +219,23 @@ WORDS = r" ?\w+| ?[^\s\w]+|\s+"  # how BPE cuts text before it merges: no token 
 def train_bpe(text, V):
     """Makes the most frequent pair of tokens a new token until there are V -> list of V `bytes`."""
     tokens = [bytes([i]) for i in range(256)]
-    counts = Counter(re.findall(WORDS, text))
     # Each word once, with its count, and in it one character for each token.
-    words = {word.encode().decode("latin-1"): n for word, n in counts.items()}
+    words = Counter(word.encode().decode("latin-1") for word in re.findall(WORDS, text))
     pairs = Counter()
 
     def count(word, n):
         for a, b in zip(word, word[1:]):
             pairs[a + b] += n
 
-    def spelled(pair):
-        return [tokens[ord(c)] for c in pair]
+    def rank(pair):
+        return pairs[pair], [tokens[ord(c)] for c in pair]
 
-    for word, n in words.items():
-        count(word, n)
+    for word in words:
+        count(word, words[word])
     while len(tokens) < V and pairs:
-        most = max(pairs.values())
-        best = max((pair for pair in pairs if pairs[pair] == most), key=spelled)
+        best = max(pairs, key=rank)
         merged = chr(len(tokens))
-        tokens.append(b"".join(spelled(best)))
+        tokens.append(b"".join(tokens[ord(c)] for c in best))
         for word in [word for word in words if best in word]:
             n = words.pop(word)
             count(word, -n)
