@@ -760,27 +760,23 @@ def save(path, model, tokenizer, options, trainer=None, corpus=None):
     replace_file(path, write)
 
 
-def count_weights(c):
-    if isinstance(c, PretrainedConfig):
-        with torch.device("meta"):                     # shapes, and no memory
-            return sum(p.numel() for p in Pretrained(c).parameters())
-    of_noise = c.V * c.D + 2 + 2 * c.n_embd if c.D else 0
-    inside = (12 * c.n_layer + (c.b > 1)) * c.n_embd ** 2
-    return (2 * c.V + 1) * c.n_embd + inside + of_noise
+def count_weights(model):
+    return sum(w.numel() for w in model.state_dict().values())
 
 
 def new_model(c):
-    """A Transformer. What no memory can hold is refused before any is taken."""
-    size = 24 * (count_weights(c) + c.L * c.n_embd)  # weights, gradients, averages, momenta
+    """A network at random. What no memory can hold is refused before any is taken."""
     pretrained = isinstance(c, PretrainedConfig)
+    number = (12 * c.n_layer * c.n_embd + 2 * c.V + c.L) * c.n_embd     # of weights, about
+    if pretrained:
+        with torch.device("meta"):                                      # shapes, and no memory
+            number = count_weights(Pretrained(c))
+    size = 24 * number                                # weights, gradients, averages, momenta
     try:
         torch.empty(min(size, 2 ** 62), dtype=torch.uint8)
     except RuntimeError:
-        if pretrained:
-            raise UserError(f"--teacher: training a model of its size takes {size / 1e9:.0f} GB of "
-                            "memory; name a smaller one") from None
-        raise UserError(f"--n_embd {c.n_embd}: training {c.n_layer} layers of this width takes "
-                        f"{size / 1e9:.0f} GB of memory; lower --n_embd or --n_layer") from None
+        raise UserError("--n_embd, --n_layer, --teacher: to train a model of this size takes "
+                        f"{size / 1e9:.0f} GB of memory; choose a smaller one") from None
     if pretrained:
         return Pretrained(c)
     return dlm.Continuous(c) if c.D else dlm.Transformer(c)
@@ -793,15 +789,12 @@ def load(path, option, device="cpu"):
         path = path / "checkpoint.pt" if path.is_dir() else path
         with open(path, "rb") as f:
             ckpt = torch.load(f, map_location=device, weights_only=True)  # runs no code in the file
-        if not isinstance(ckpt, dict):
-            raise ValueError
         c = (PretrainedConfig if "hf" in ckpt["config"] else dlm.Config)(**ckpt["config"])
         tokenizer = Tokenizer(**ckpt["tokenizer"])
         if tokenizer.kind == "pretrained":
             tokenizer.V = max(c.V, tokenizer.V)        # some models have rows that no token uses
-        # Sizes first: the model could be too large to be made. NaN counts as a missing weight.
-        found = sum(w.numel() for w in ckpt["weights"].values() if w.float().sum().isfinite())
-        if (ckpt["format"], tokenizer.V, found) != (FORMAT, c.V, count_weights(c)):
+        finite = all(w.isfinite().all() for w in ckpt["weights"].values())
+        if (ckpt["format"], tokenizer.V, finite) != (FORMAT, c.V, True):
             raise ValueError
         options_of(ckpt)  # fails where there are none
         model = new_model(c).to(device).eval()
@@ -1051,7 +1044,7 @@ def fit(o, folder, model, corpus, batch_loss, ckpt=None, validate=None):
     def save_run():
         save(folder / "checkpoint.pt", model, corpus.tokenizer, vars(o), trainer, corpus.sha256)
 
-    print(f"{folder}: {count_weights(model.c) / 1e6:.2f} M parameters, b = {model.b}, "
+    print(f"{folder}: {count_weights(model) / 1e6:.2f} M parameters, b = {model.b}, "
           f"on {device.type}; {o.updates - trainer.done} updates of "
           f"{o.batch_size} x {model.L} tokens of {o.data}")
     trainer.fit(lambda: batch_loss(student), validate, save_run)
@@ -1082,7 +1075,7 @@ def report(o, folder, trainer, model, corpus, validated=None, **more):
     device = model.embedding.weight.device
     test, se, per_char = test_bound(model, corpus)
     metrics = {"options": vars(o), "block": model.b, "device": device.type, "versions": versions(),
-               "parameters": count_weights(model.c),
+               "parameters": count_weights(model),
                "corpus": {"name": corpus.name, "sha256": corpus.sha256,
                           "chars_per_token": corpus.chars_per_token},
                "train_tokens": trainer.done * o.batch_size * model.L,

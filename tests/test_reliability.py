@@ -333,8 +333,8 @@ def test_state_of_a_training_that_is_broken(refused, part, value):
 # --- too little memory ----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script, argv, named", [
-    ("train", f"{TRAIN} --out big --n_embd 1000000", "--n_embd 1000000.* GB .*lower"),
-    ("train", f"{TRAIN} --out big --n_embd 1000000000000", "--n_embd .* GB .*lower"),
+    ("train", f"{TRAIN} --out big --n_embd 1000000", "--n_embd.* GB .*smaller"),
+    ("train", f"{TRAIN} --out big --n_embd 1000000000000", "--n_embd.* GB .*smaller"),
     ("train", f"{TRAIN} --out big --n_layer 1000000000000", "--n_layer"),
     ("train", f"{TRAIN} --out big --batch_size 1000000000000", "--batch_size"),
     ("sample", f"{SAMPLE} --length 1000000000000", "--length"),
@@ -357,13 +357,6 @@ def test_only_a_lack_of_memory_is_taken_for_one(capsys, monkeypatch, error, know
     with pytest.raises(SystemExit if known else RuntimeError):
         train_teacher.run_script(main, [])
     assert capsys.readouterr().err.startswith("error: out of memory") == known
-
-
-@pytest.mark.parametrize("size", [dict(V=7), dict(V=5, n_layer=3, n_embd=24, n_head=3, b=4)])
-def test_number_of_weights(size):
-    c = dlm.Config(**{"L": 8, "n_layer": 1, "n_head": 2, "n_embd": 16, **size})
-    model = train_teacher.new_model(c)
-    assert train_teacher.count_weights(c) == sum(p.numel() for p in model.parameters())
 
 
 # --- a training that fails ------------------------------------------------------------------------
