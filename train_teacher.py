@@ -270,8 +270,7 @@ class Tokenizer:
                                 "set TIKTOKEN_CACHE_DIR, or use --tokenizer bpe") from None
             self.V = self.bpe.n_vocab
         elif kind == "pretrained":
-            tokenizers = extra("tokenizers")
-            self.bpe = tokenizers.Tokenizer.from_str(self.pieces[0])
+            self.bpe = extra("tokenizers").Tokenizer.from_str(self.pieces[0])
             self.V = self.bpe.get_vocab_size()
         else:
             raise UserError(f"--tokenizer {kind}: unknown; use char, bpe, bpe:SIZE or gpt2")
@@ -289,17 +288,21 @@ class Tokenizer:
     def encode(self, text, option="--data", unknown=None):
         """-> ids (n,). What a `char` vocabulary lacks is an error naming `option`, or "drop"ped."""
         if self.kind == "pretrained":
-            return torch.LongTensor(self.bpe.encode(text, add_special_tokens=False).ids)
-        if self.kind != "char":
-            return torch.LongTensor(self.bpe.encode_ordinary(text))
-        bad = " ".join(map(repr, sorted(set(text) - self.ids.keys())[:5]))
-        if bad and unknown != "drop":
-            raise UserError(f"{option}: the model's vocabulary has no {bad}; leave it out")
-        return torch.LongTensor([self.ids[c] for c in text if c in self.ids])
+            ids = self.bpe.encode(text, add_special_tokens=False).ids
+        elif self.kind != "char":
+            ids = self.bpe.encode_ordinary(text)
+        else:
+            bad = " ".join(map(repr, sorted(set(text) - self.ids.keys())[:5]))
+            if bad and unknown != "drop":
+                raise UserError(f"{option}: the model's vocabulary has no {bad}; leave it out")
+            ids = [self.ids[c] for c in text if c in self.ids]
+        return torch.LongTensor(ids)
 
     def decode(self, ids):
         ids = torch.as_tensor(ids).tolist()
-        return self.bpe.decode(ids) if self.kind != "char" else "".join(self.pieces[i] for i in ids)
+        if self.kind == "char":
+            return "".join(self.pieces[i] for i in ids)
+        return self.bpe.decode(ids)
 
     def state(self):
         return {"kind": self.kind, "pieces": self.pieces}
@@ -486,21 +489,19 @@ class Trainer:
         validations, and on Ctrl-C, which is honoured between two updates."""
         every = max(1, self.updates // 10)
         interrupted = []
-        before = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+        handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
         bar = tqdm(total=self.updates, initial=self.done, unit="update", disable=None)
         validation = self.history[-1][3] if self.history else "-"
         begun = self.done
-        fastest = math.inf
         start = time.time() - self.seconds
         self.model.train()
         try:
             while self.done < self.updates:
-                before_it = time.time()
+                seconds_before = self.seconds
                 loss = self.update(batch_loss)
                 self.seconds = time.time() - start
-                fastest = min(fastest, time.time() - before_it)
-                if self.done == begun + 5:
-                    minutes = fastest * (self.updates - self.done) / 60
+                if self.done == begun + 5:                      # the first ones may be slow
+                    minutes = (self.seconds - seconds_before) * (self.updates - self.done) / 60
                     tqdm.write(f"about {minutes:.1f} minutes")
                 validated = self.done % every == 0 or self.done == self.updates
                 if validated:
@@ -515,7 +516,7 @@ class Trainer:
                     raise KeyboardInterrupt
         finally:
             bar.close()
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, handler)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -578,9 +579,8 @@ class Pretrained(dlm.Transformer):
         return h if wanted is None else h[wanted]
 
     def log_probs(self, h):
-        if self.head is None:
-            return F.log_softmax(F.linear(h, self.embedding.weight[:self.V]), dim=-1)
-        return F.log_softmax(self.head(h), dim=-1)
+        said = self.head(h) if self.head else F.linear(h, self.embedding.weight[:self.V])
+        return F.log_softmax(said, dim=-1)
 
     def empty_cache(self, B, room):
         return dlm.Cache([None] * self.body.config.num_hidden_layers)
@@ -604,12 +604,12 @@ class Kept:
         return self.cache.done
 
 
-def extra(package, option="--teacher"):
+def extra(package):
     """A package that only pre-trained models need."""
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise UserError(f"{option}: a pre-trained model needs more packages; "
+        raise UserError("--teacher: a pre-trained model needs more packages; "
                         "pip install -r requirements-pretrained.txt") from None
 
 
@@ -697,12 +697,10 @@ def begin_of_text(tokenizer):
 
 def takes_masks(model, x, said):
     """Whether it says of a text x (1, 8) what it said before, and sees the end without a mask."""
-    position = torch.arange(8)
     e = model.embedding(model.shift(x))
-    before = model.run(e, position, None)[:, 0]
-    e[:, -1] = 0
-    sees_the_end = not torch.equal(model.run(e, position, None)[:, 0], before)
-    return sees_the_end and (model(x, x) - said).abs().max() < 1e-3
+    other = F.pad(e[:, :-1], (0, 0, 0, 1))                                  # has another end
+    first = [model.run(text, torch.arange(8), None)[:, 0] for text in (e, other)]
+    return not torch.equal(*first) and (model(x, x) - said).abs().max() < 1e-3
 
 
 # --------------------------------------------------------------------------------------------------
@@ -967,8 +965,7 @@ class Options(RunOptions):
     n_head: int = option(4, "attention heads", at_least=1)
     n_embd: int = option(128, "width", at_least=2)
     dropout: float = option(0.0, "dropout")
-    updates: int = option(0, "updates of the weights; 0: 1000 for stories, 500 for other text",
-                          at_least=0)
+    updates: int = option(0, "updates of the weights; 0: 1000 for stories, 500 for other text")
     batch_size: int = option(32, "texts an update", at_least=1)
     lr: float = option(0.02, "Muon's learning rate; AdamW's is 0.15 of it")
 
@@ -1140,8 +1137,7 @@ def ar_model(o, seed, role, like):
         print(f"no {role} in {folder} yet, so it is trained first")
         return train(new)
     ckpt = load(folder, "--teacher" if role == "teacher" else f"the {role},")[2]
-    state = ckpt["trainer"]
-    if state and options_of(ckpt).updates not in [line[0] for line in state["history"]]:
+    if ckpt["trainer"] and ckpt["trainer"]["done"] < options_of(ckpt).updates:
         print(f"the {role} in {folder} was interrupted and goes on first")
         return train(*resumed(dataclasses.replace(new, resume=str(folder)), []))
     return folder
