@@ -114,7 +114,8 @@ def stories():
     for form in chance.choices(FORMS, k=8000):
         A, B = chance.sample(sorted(PEOPLE), 2)
         m, n = chance.choices(range(2, 10), k=2)
-        m += n if "{rest}" in form else 0                    # so that two or more are left
+        if "{rest}" in form:
+            m += n                                           # so that two or more are left
         words = words_of(A, B, m, n, chance.choice(COLOURS), chance.choice(THINGS))
         told.append(form.format(**words) + "\n")
     return list(dict.fromkeys(told))         # each once: held-out stories were not trained on
@@ -853,7 +854,7 @@ def parse(cls, argv, doc=None, preset={}):
         default = preset.get(f.name, f.default)
         parser.add_argument("--" + f.name, default=default, help=f.metadata["help"], **how)
     for argument in argv:
-        if argument.endswith("=--") and argument.count("=") == 1:  # some versions of Python fail
+        if re.fullmatch("[^=]*=--", argument):  # some versions of Python fail
             raise UserError(f"{argument}: -- alone cannot be a value; give something else")
     o = cls(**vars(parser.parse_args(argv)))
     for f in dataclasses.fields(cls):
@@ -867,8 +868,9 @@ def parse(cls, argv, doc=None, preset={}):
 
 def pick_device(name):
     """auto takes CUDA, then Apple's MPS, then the CPU."""
-    have = ["cuda"] * torch.cuda.is_available()
-    have += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    have = [device for device in there if there[device]]
     if name not in ("auto", *have):
         raise UserError(f"--device {name}: not to be had here; use {', '.join(have)} or auto")
     return have[0] if name == "auto" else name
