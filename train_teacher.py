@@ -773,6 +773,8 @@ def load(path, option, device="cpu"):
         path = path / "checkpoint.pt" if path.is_dir() else path
         with open(path, "rb") as f:
             ckpt = torch.load(f, map_location=device, weights_only=True)  # runs no code in the file
+        if not isinstance(ckpt, dict):
+            raise ValueError
         c = (PretrainedConfig if "hf" in ckpt["config"] else dlm.Config)(**ckpt["config"])
         tokenizer = Tokenizer(**ckpt["tokenizer"])
         if tokenizer.kind == "pretrained":
