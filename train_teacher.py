@@ -12,6 +12,7 @@ if __name__ == "__main__":  # torch takes a second to import: until run_script, 
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -713,8 +714,8 @@ def replace_file(path, write, option="--out"):
         raise UserError(f"{option}: cannot write {path} ({e.strerror}); "
                         "free some space or name another folder") from None
     finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path, data):
