@@ -82,7 +82,7 @@ def shakespeare():
             raise UserError(f"--data shakespeare: no network ({e!r}); put the file at {path}, "
                             "or use --data docs") from None
         replace_file(path, lambda f: f.write(data), "--data shakespeare")
-    data = path.read_bytes()
+    data = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(data).hexdigest() != sha256:
         raise UserError(f"--data shakespeare: wrong checksum of {path}; delete it and run again")
     return data.decode().splitlines(keepends=True)
@@ -186,11 +186,9 @@ def cut_chunks(lines):
     rest = ""
     for line in lines:
         rest += line
-        while len(rest) >= 2 * CHUNK:
-            chunks.append(rest[:CHUNK])
-            rest = rest[CHUNK:]
         if len(rest) >= CHUNK:
-            chunks.append(rest)
+            *starts, last = range(0, len(rest) - CHUNK + 1, CHUNK)
+            chunks += [rest[i:i + CHUNK] for i in starts] + [rest[last:]]
             rest = ""
     return chunks + [rest] if rest else chunks
 
@@ -221,15 +219,16 @@ def train_bpe(text, V):
         for a, b in zip(word, word[1:]):
             pairs[a + b] += n
 
-    def rank(pair):
-        return pairs[pair], [tokens[ord(c)] for c in pair]
+    def spelled(pair):
+        return [tokens[ord(c)] for c in pair]
 
     for word in words:
         count(word, words[word])
     while len(tokens) < V and pairs:
-        best = max(pairs, key=rank)
+        most = max(pairs.values())
+        best = max((pair for pair in pairs if pairs[pair] == most), key=spelled)
         merged = chr(len(tokens))
-        tokens.append(b"".join(tokens[ord(c)] for c in best))
+        tokens.append(b"".join(spelled(best)))
         for word in [word for word in words if best in word]:
             n = words.pop(word)
             count(word, -n)

@@ -156,6 +156,12 @@ def test_any_name_of_a_folder(call, name):
     assert call("sample", "--checkpoint", name)[0] == 0
 
 
+def test_cached_corpus_that_is_a_folder(refused, home, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    (home / "dlm" / "tinyshakespeare.txt").mkdir(parents=True)
+    assert re.search("--data shakespeare.*delete", refused("train", "--data shakespeare"))
+
+
 # --- repeated text --------------------------------------------------------------------------------
 
 LONG_LINES = [f"{i} is a line of 64 characters or more, which stand{'s' * 40} once\n"
