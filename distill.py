@@ -203,7 +203,7 @@ class Distillation:
         self.teacher = teacher
         self.texts = texts_for(o, teacher, corpus.parts["train"].to(device))
         self.held = consecutive(corpus.parts["val"], student.L, o.judged).to(device)
-        if dlm.is_continuous(student):          # where noise costs half of what the teacher lacks
+        if dlm.is_continuous(student):          # a first guess of the middle level, by LangFlow
             nats = dlm.bound(teacher, self.held)[0]
             student.noise[0] = math.log(student.c.D / 2 / nats)
         if o.states == "teacher":       # no text but the teacher's: it chooses the weights, too
@@ -341,7 +341,7 @@ def make_student(o, teacher, tokenizer, device):
     if o.student != "random":
         student.load_state_dict(start.state_dict(), strict=False)
         if D and not start.c.D:
-            student.place(teacher.embedding.weight[:teacher.V].detach())
+            student.set_points(teacher.embedding.weight[:teacher.V].detach())
     return student
 
 

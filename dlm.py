@@ -9,9 +9,10 @@ student), and between them it is block diffusion. Every method minimises one los
 where z is the text with some tokens hidden. The methods differ in two words: which states z the
 student trains on, and which target it aims at.
 
-In this order: the Transformer; states and the loss; TCS; SDTT; OPDLM; the sampler; exact sources to
-check all of it with; the few numbers we judge by. Shapes: B texts, L tokens, V tokens in the
-vocabulary. Likelihoods and divergences are in nats per token.
+In this order: the Transformer; states, the loss and the bound; TCS; SDTT; OPDLM; the sampler; the
+continuous student, which has noise in the place of masks; exact sources to check all of it with;
+the few numbers we judge by. Shapes: B texts, L tokens, V tokens in the vocabulary. Likelihoods and
+KL divergences are in nats per token.
 """
 import contextlib
 import math
@@ -50,15 +51,18 @@ def clean_slots(L, b):
     return L if b == 1 else (L - 1) // b * b
 
 
-def slots(L, b, device=None):
+def slots(L, b, device=None, start=0):
     """The input slots of one pass: their positions (S,), and which carry clean tokens (S,).
+
+    start: only tokens from here on are noisy (see `decode`).
 
     Slot i holds token i-1 and says token i, as in any AR model; slot 0 holds [MASK].
 
     clean  [MASK] x_0 x_1 .. of all blocks but the last: the AR model itself. Where b > 1 these
            slots say nothing; later blocks look at them.
     noisy  of all blocks. Slot i holds z_{i-1} or, where i begins a block, x_{i-1}. To its
-           embedding is added own(z_i): without that nobody would see a block's last token.
+           embedding is added own(z_i): without that nobody would see a block's last token. (z is
+           noisy by masks or, in a `Continuous` student, by noise.)
 
     L = 8, b = 4:   clean  [MASK] x0 x1 x2      noisy  [MASK] z0 z1 z2 | x3 z4 z5 z6
 
@@ -67,12 +71,10 @@ def slots(L, b, device=None):
     With b = 1 every slot begins a block: a noisy one would hold and see what the clean one does,
     so there are none. With b = L no block lies left of another, so no clean slot is needed.
     """
-    n_clean = clean_slots(L, b)
-    n_noisy = 0 if b == 1 else L
-    clean = torch.arange(n_clean, device=device)
-    noisy = torch.arange(n_noisy, device=device)
+    clean = torch.arange(clean_slots(L, b), device=device)
+    noisy = torch.arange(start, start if b == 1 else L, device=device)
     position = torch.cat([clean, noisy])
-    return position, torch.arange(len(position), device=device) < n_clean
+    return position, torch.arange(len(position), device=device) < len(clean)
 
 
 def attends(position_q, clean_q, position_k, clean_k, b):
@@ -122,7 +124,7 @@ class Layer(nn.Module):
         nn.init.zeros_(self.down.weight)
 
     def forward(self, h, rope, mask, kept=None, done=0, last=0, wanted=None):
-        """h (B, T, d) -> (B, T, d).
+        """h (B, T, d) -> (B, T, d), or fewer slots by `last` and `wanted`.
 
         mask: (T, K) or (B, 1, T, K); "causal", if nothing is cached; None: every slot sees all.
 
@@ -214,7 +216,7 @@ class Transformer(nn.Module):
         return F.pad(x[:, :-1], (1, 0), value=self.bos)
 
     def run(self, e, position, mask, cache=None, last=0, wanted=None):
-        """Embeddings e (B, T, d) at positions (T,) or (B, T) -> hidden states (B, T, d).
+        """Embeddings e (B, T, d) at positions (T,) or (B, T) -> hidden states (B, T, d), or fewer.
 
         Fills the cache. last, wanted: which slots the last layer computes, as in Layer.
         """
@@ -243,28 +245,29 @@ class Transformer(nn.Module):
         but clean slots run once. Cache None: an empty one, or none where there are no clean slots.
         Before the block that is written x and z are the same, so `fill` gives one for both.
 
-        The slots of a call are the clean ones that are not in the cache yet, then the noisy ones.
-        An AR model has n_clean = stop and no noisy slots; for one block n_clean = start; for all
-        blocks at once, start = 0, it is L - b. Only clean slots stay in the cache: the next call
-        overwrites what lies behind them.
+        The slots of a call are the clean ones that are not in the cache yet, then the noisy ones:
+
+                           clean slots, cached or new   noisy slots
+            AR model       0 .. stop-1                  none
+            one block      0 .. start-1                 start .. stop-1
+            all at once    0 .. L-b-1                   0 .. L-1         (start = 0, stop = L)
+
+        Only clean slots stay in the cache: the next call overwrites what lies behind them.
         """
         b = self.b
         if b >= x.size(1):                                 # no cache, so idle rows may go
             rows = wanted.any(1)
             x, z, wanted = x[rows], z[rows], wanted[rows]
         n_clean = clean_slots(stop, b)
-        n_noisy = 0 if b == 1 else stop - start
-        position = torch.arange(n_clean + n_noisy, device=x.device)
-        is_clean = position < n_clean
-        position[n_clean:] += start - n_clean
+        position, is_clean = slots(stop, b, x.device, start)
         if cache is None and b < x.size(1):
             cache = self.empty_cache(len(x), max(x.size(1), len(position)))
         done = cache.done if cache else 0
-        mask = None                                        # one block sees all there is, but
-        if done < start or stop - start > b:               # new clean slots are causal
+        mask = None                                        # one block, and all it sees is cached
+        if done < start or stop - start > b:               # there are new clean slots, or blocks
             mask = attends(position[done:], is_clean[done:], position, is_clean, b)
         e = self.embedding(self.shift(x)[:, done:n_clean])
-        if n_noisy:
+        if b > 1:
             e = torch.cat([e, self.noisy(x, z, slice(start, stop))], dim=1)
         h = self.run(e, position[done:], mask, cache, stop - start, wanted)
         if cache:
@@ -309,6 +312,8 @@ class Transformer(nn.Module):
         start+W-1; start (n,). -> log p(x_{start+w} | ..) (B, n, G, W, V). Row text * n + place of
         the batch holds the G continuations of a place side by side: they share its cached prefix
         and do not see each other. What is said of positions past the context means nothing.
+
+        G = W = 2, start 5:   cached slots 0 .. 4, seen by all | a_5 a_6 | b_5 b_6, each by its own
         """
         B, n, G, W, d = e.shape
         w = torch.arange(W, device=e.device)
@@ -326,12 +331,17 @@ class Transformer(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# States and the loss: what to hide, and the one thing that every method minimises
+# States and the loss: what to hide, the one thing that every method minimises, and the bound
 
 def stratified(B, n, device):
     """Uniform numbers (B, n). Those of a column lie 1 / B apart, in random order."""
     permutation = torch.rand(B, n, device=device).argsort(0)
     return (permutation + torch.rand(n, device=device)) / B
+
+
+def stratified_integers(B, n, N, device):
+    """The same for integers 0 .. N-1; N may differ, (B, n)."""
+    return (stratified(B, n, device) * N).long().clamp(max=N - 1)               # rounding reaches N
 
 
 def cut_blocks(rows, b, fill=0):
@@ -349,9 +359,9 @@ def hide(x, b, mask):
     = 1 everything is hidden, and the loss is the AR model's.
     """
     size = cut_blocks(torch.ones_like(x), b).sum(-1)                            # (B, n)
-    m = (stratified(*size.shape, x.device) * size).long().clamp(max=size - 1) + 1
+    m = stratified_integers(*size.shape, size, x.device) + 1
     noise = cut_blocks(torch.rand(x.shape, device=x.device), b, fill=2.0)       # (B, n, b)
-    place = noise.argsort(-1).argsort(-1)
+    place = noise.argsort(-1).argsort(-1)       # of each random number in its block, ascending
     hidden = (place < m[..., None]).flatten(1)[:, :x.size(1)]
     return torch.where(hidden, mask, x)
 
@@ -427,6 +437,43 @@ def prefix(teacher, x, y, b):
     return teacher.score_behind(x, teacher.embedding(y), b).exp()
 
 
+@torch.no_grad()
+def bound(model, x, repeats=1, seed=0, neighbours=1):
+    """Negative log-likelihood bound of texts x (n, L): mean and standard error, nats per token.
+
+    It is exact at b = 1. Of a `Continuous` model it is no bound, but the loss at its noise levels.
+    Each text is hidden `repeats` times; the seed makes these states the same for all models with
+    this b. neighbours: so many texts in a row are cut from one piece and alike, so the error is
+    computed over such pieces.
+    """
+    each = torch.zeros(len(x), device=x.device, dtype=model.embedding.weight.dtype)
+    with seeded(seed), evaluating(model):
+        for rows in torch.arange(len(x), device=x.device).split(at_once(model)):
+            for _ in range(repeats):
+                z = states_of(model, x[rows])
+                each[rows] += text_bound(model, x[rows], z) / repeats
+    alike = max(1, min(neighbours, len(each) // 2))                  # two pieces at the least
+    pieces = torch.stack([piece.mean() for piece in each.split(alike)])
+    return each.mean().item(), (pieces.std() / len(pieces) ** 0.5).item()
+
+
+def text_bound(model, x, z):
+    """One state's estimate of each text's bound (B,): `loss` with `one_hot`, text by text."""
+    hidden = hidden_in(z, model.V)
+    nll = -of_tokens(model(x, z), x)                        # -log p(x_i | z)
+    return (token_weights(hidden, model.b) * nll.where(hidden, 0)).sum(1)
+
+
+def states_of(model, x):
+    """States such as plain diffusion trains on."""
+    return noisy_states(model, x) if is_continuous(model) else hide(x, model.b, model.V)
+
+
+def at_once(model):
+    """How many texts to run at once, so that log-probabilities (texts, L, V) stay below 16 MB."""
+    return min(128, max(1, 2 ** 22 // (model.L * model.V)))
+
+
 # --------------------------------------------------------------------------------------------------
 # TCS: the teacher's target concrete score (OpenReview xfw92pDy2u; TCSM, 2504.16431)
 #
@@ -447,7 +494,8 @@ def suffix_log_prob(teacher, x, cache, candidates, b):
     for place in range(min(b, L) - 1):
         W = min(b, L) - 1 - place
         group = max(1, 64 // W)       # candidates in a row, where attention costs (group W)²
-        for i in torch.arange(place, L - 1, b, device=x.device).split(16):    # (n,), to save memory
+        # The same place of every block; 16 blocks at a time, to save memory.
+        for i in torch.arange(place, L - 1, b, device=x.device).split(16):    # (n,)
             after = i[:, None] + 1 + torch.arange(W, device=x.device)         # (n, W)
             inside = (after < L)[:, None]             # of the last block, which may be shorter
             suffix = x[:, after.clamp(max=L - 1)]                             # (B, n, W)
@@ -547,7 +595,7 @@ def hide_at_step_times(x, b, mask, N):
     """
     B, L = x.shape
     n_blocks = -(-L // b)
-    step = (stratified(B, n_blocks, x.device) * N).long().clamp(max=N - 1)
+    step = stratified_integers(B, n_blocks, N, x.device)
     t = ((step + 1) / N).repeat_interleave(b, dim=1)[:, :L]
     return torch.where(torch.rand(B, L, device=x.device) < t, mask, x), t
 
@@ -620,13 +668,11 @@ def rollout(model, x, steps=0, order="spread"):
         raise UserError(f"--block {b}: does not divide the context of {L}, as rollouts need")
     n_blocks = L // b
     N = min(steps or b, b)
-    training = model.training
-    model.eval()
-    hidden = x.new_full((B * n_blocks, b), model.V)
-    states = torch.stack(list(sample(BlocksAtOnce(model, x), hidden, N, order)))
+    z = x.new_full((B * n_blocks, b), model.V)
+    with evaluating(model):
+        states = torch.stack(list(sample(BlocksAtOnce(model, x), z, N, order)))
     states = states.view(N + 1, B, L)
-    model.train(training)
-    step = (stratified(B, n_blocks, x.device) * N).long().clamp(max=N - 1)
+    step = stratified_integers(B, n_blocks, N, x.device)
     chosen = step.repeat_interleave(b, dim=1)                                 # (B, L)
     return states[-1], states.gather(0, chosen[None])[0]
 
@@ -711,7 +757,8 @@ def sample(model, z, steps=0, order=None, threshold=0.0, noise=None, **warping):
     threshold: all that are at least so sure come as well, in every order but `ancestral`. Given
     tokens never change; those right of a block are seen only if b = L. An AR model has blocks of
     one token, so this is ordinary generation. Beyond the context the text goes on in windows that
-    see the last half context. noise (B, T, 2): uniforms, so that a row can be had again.
+    see the last half context. noise (B, T, 2): uniforms, so that a row can be had again (not of a
+    continuous student, whose noise is normal).
     """
     order = order or "left"
     if order not in orders_of(model):
@@ -720,9 +767,9 @@ def sample(model, z, steps=0, order=None, threshold=0.0, noise=None, **warping):
     z = z.clone()
     if noise is None:
         noise = torch.rand(*z.shape, 2, device=z.device)
-    seen = L // 2 if 2 * b > L else L // 2 // b * b  # whole blocks, where one fits
+    overlap = L // 2 if 2 * b > L else L // 2 // b * b  # of windows: whole blocks, where one fits
     yield z.clone()
-    for start in range(0, max(1, z.size(1) - seen), L - seen):
+    for start in range(0, max(1, z.size(1) - overlap), L - overlap):
         window = slice(start, start + L)
         part = (model, z[:, window], noise[:, window], steps)
         if is_continuous(model):
@@ -749,7 +796,7 @@ def fill(model, z, noise, steps, order, threshold, warping):
             if may_come.any():                               # else the network need not run
                 logp, cache = model.decode(z, z, start, stop, may_come, cache)
                 new = schedule.choose(step, may_come, logp)                   # (B, n)
-                p = warp(logp[new.masked_select(may_come)], **warping)        # rows of new ones
+                p = warp(logp[new[may_come]], **warping)                      # (number new, V)
                 block.masked_scatter_(new, categorical(p, uniform.masked_select(new)))
             yield
 
@@ -761,9 +808,9 @@ class Schedule:
         n = shuffle.size(1)
         self.N = steps or n
         self.order = order
-        if n == 1:                                           # one token: nothing is left to choose
+        if n == 1:                                           # one token, whatever is said of it:
             self.N = 1
-            self.order = "ancestral"
+            self.order = "ancestral"                         # that is an ancestral step with N = 1
         self.threshold = threshold
         self.shuffle = shuffle                               # a random number for each token
 
@@ -773,7 +820,6 @@ class Schedule:
             return ancestral(hidden, self.shuffle, (step + 1) / self.N)
         return hidden
 
-    @torch.inference_mode()
     def choose(self, step, may_come, logp):
         """Which of them come, by what the network says: logp (number of them, V)."""
         if self.order == "ancestral":
@@ -816,6 +862,44 @@ def generate(model, B, steps=0, given=None, **way):
     return z
 
 
+@torch.no_grad()
+def nll_in_steps(model, x, steps=0):
+    """Exact negative log-likelihood of texts x (n, L) for the sampler: mean, standard error.
+
+    In nats per token, n at least 2. In the order `left` the step that reveals a token does not
+    depend on the text. So the p(x) of `sample`, at temperature 1, is the product of what the
+    network says of each token in that step. It counts the price of drawing the tokens of a step
+    independently. steps: per block; 0 means one token a step, from left to right as an AR model.
+
+    All blocks are hidden and asked at once, since each sees the text itself to its left.
+    """
+    reveals = left_steps(x.size(1), model.b, steps).to(x.device)                # (L,)
+    nll = torch.zeros(len(x), device=x.device, dtype=model.embedding.weight.dtype)
+    with evaluating(model):
+        for rows in torch.arange(len(x), device=x.device).split(at_once(model)):
+            for step in reveals.unique():
+                z = torch.where(reveals >= step, model.V, x[rows])
+                logp = of_tokens(model(x[rows], z), x[rows])                    # (rows, L)
+                nll[rows] -= logp[:, reveals == step].sum(1) / x.size(1)
+    return nll.mean().item(), (nll.std() / len(nll) ** 0.5).item()
+
+
+def left_steps(L, b, steps):
+    """The step of its block in which the order `left` reveals each token of a text: (L,)."""
+    blocks = []
+    for start in range(0, L, b):
+        hidden = torch.ones(1, min(b, L - start), dtype=torch.bool)             # (1, n)
+        schedule = Schedule("left", steps, 0.0, torch.zeros(hidden.shape))      # no threshold
+        step_of = torch.zeros(hidden.size(1), dtype=torch.long)
+        for step in range(schedule.N):
+            logp = torch.zeros(int(hidden.sum()), 1)                            # is not looked at
+            new = schedule.choose(step, hidden, logp)
+            step_of[new[0]] = step
+            hidden = hidden & ~new
+        blocks.append(step_of)
+    return torch.cat(blocks)
+
+
 # --------------------------------------------------------------------------------------------------
 # The continuous student: noise in the place of masks
 #
@@ -833,8 +917,8 @@ CLEAN = -15.0       # the gamma of visible tokens: sigma is .0006
 
 
 def rates(gamma):
-    """alpha and sigma, whose squares add up to 1, as two numbers on a last axis (.., 2)."""
-    return torch.stack([(-gamma).sigmoid(), gamma.sigmoid()], dim=-1).sqrt()
+    """alpha and sigma, whose squares add up to 1."""
+    return (-gamma).sigmoid().sqrt(), gamma.sigmoid().sqrt()
 
 
 @dataclass
@@ -843,20 +927,19 @@ class Noisy:
     z: torch.Tensor         # (B, L, D)
     gamma: torch.Tensor     # (B, L)
     hidden: torch.Tensor    # (B, L), the tokens that are asked about; the others are CLEAN
-    guess: torch.Tensor     # (B, L, V), probabilities: what each token may be. The network reads it
 
     def __getitem__(self, rows):
-        return Noisy(self.z[rows], self.gamma[rows], self.hidden[rows], self.guess[rows])
+        return Noisy(self.z[rows], self.gamma[rows], self.hidden[rows])
 
 
 class Continuous(Transformer):
     """log p(x_i | the clean blocks left of i's block, the noisy tokens z of its own block).
 
     model(x, z: Noisy) -> (B, L, V). The slots are those of the masked student. A noisy token is
-    read as the mean embedding of what it may be: by the noise alone in training, by the last step's
-    guess in the sampler. (To train on guesses too, "self-conditioning", 2208.04202, was worse.) So
-    near gamma = CLEAN it is the token's own embedding, and the student begins as the AR model whose
-    weights it has.
+    read as the mean embedding of what it may be, by its noise alone. So near gamma = CLEAN it is
+    the token's own embedding, and the student begins as the AR model whose weights it has. (To
+    read its last guess instead would count what that was made of twice: texts get sharper, and in
+    small sources always the same.)
     """
 
     def __init__(self, c):
@@ -865,9 +948,9 @@ class Continuous(Transformer):
         nn.init.zeros_(self.level.weight)
         self.register_buffer("E", torch.empty(c.V, c.D))
         self.register_buffer("noise", torch.tensor([math.log(c.D / 4), 0.85]))      # mu, beta
-        self.place(torch.randn(c.V, c.D))
+        self.set_points(torch.randn(c.V, c.D))
 
-    def place(self, W):
+    def set_points(self, W):
         """Puts the tokens in the directions of W (V, d), brought to D dimensions, all √D long."""
         if W.size(1) > self.c.D:
             W = W - W.mean(0)
@@ -884,11 +967,13 @@ class Continuous(Transformer):
 
     def channel(self, z):
         """What the noise alone says of each token, not normalised: (B, L, V)."""
-        alpha, sigma = rates(z.gamma)[..., None].unbind(-2)                     # (B, L, 1)
+        alpha, sigma = rates(z.gamma[..., None])                                # (B, L, 1)
         return alpha / sigma ** 2 * (z.z @ self.E.T)
 
     def noisy(self, x, z, window):
-        e = z.guess @ self.embedding.weight[:self.V] + self.level(rates(z.gamma))   # (B, T, d)
+        level = self.level(torch.stack(rates(z.gamma), dim=-1))
+        said = self.channel(z).softmax(-1)                                      # (B, T, V)
+        e = said @ self.embedding.weight[:self.V] + level                       # (B, T, d)
         begins_block = (torch.arange(x.size(1), device=x.device) % self.b == 0)[window, None]
         text = self.embedding(self.shift(x)[:, window])
         before = torch.where(begins_block, text, F.pad(e[:, :-1], (0, 0, 1, 0)))
@@ -897,16 +982,14 @@ class Continuous(Transformer):
     def with_noise(self, x, hidden, gamma):
         """Texts x (B, L) with noise of level gamma (B, L) on the hidden tokens (B, L): a state."""
         gamma = torch.where(hidden, gamma.to(self.E), CLEAN)
-        alpha, sigma = rates(gamma)[..., None].unbind(-2)
-        z = Noisy(alpha * self.E[x] + sigma * torch.randn_like(self.E[x]), gamma, hidden, None)
-        z.guess = self.channel(z).softmax(-1)
-        return z
+        alpha, sigma = rates(gamma[..., None])
+        return Noisy(alpha * self.E[x] + sigma * torch.randn_like(self.E[x]), gamma, hidden)
 
     def levels(self, u):
         """Noise levels by uniforms u (..): mostly where the answer is neither plain nor hopeless.
 
-        What noise costs in nats goes as A exp(-exp(-(gamma - mu) / beta)), so its slope is the
-        density of a Gumbel distribution, whose quantiles these are.
+        What noise costs in nats goes as A exp(-exp(-(gamma - mu) / beta)), measured in
+        assets/levels.png. So its slope is the density of a Gumbel law, whose quantiles these are.
         """
         mu, beta = self.noise
         u = u.to(mu).clamp(1e-4, 1 - 1e-4)
@@ -924,8 +1007,8 @@ def noisy_states(student, x):
     u = stratified(B, n_blocks, x.device)
     gamma = student.levels(u).repeat_interleave(student.b, dim=1)[:, :L]
     some = hide(x, student.b, student.V) == student.V
-    every_second = (torch.arange(B, device=x.device) % 2 == 0)[:, None]
-    return student.with_noise(x, some | every_second, gamma)
+    all_of_them = (torch.arange(B, device=x.device) % 2 == 0)[:, None]
+    return student.with_noise(x, some | all_of_them, gamma)
 
 
 def seen_through(student, z, target):
@@ -935,20 +1018,6 @@ def seen_through(student, z, target):
     p_T(x_i | z). A one-hot target stays what it is.
     """
     return (target.log() + student.channel(z)).softmax(-1)
-
-
-def fit_levels(gamma, nats, A):
-    """mu and beta of the curve A exp(-exp(-(gamma - mu) / beta)) through points (n,).
-
-    A: what is lost where noise leaves nothing. Points where nearly that or nearly nothing is lost
-    do not count.
-    """
-    steep = (nats > 0.02 * A) & (nats < 0.98 * A)
-    gamma, nats = gamma[steep], nats[steep]
-    y = (-(nats / A).log()).log()                              # = -(gamma - mu) / beta
-    slope = ((gamma - gamma.mean()) * (y - y.mean())).sum() / (gamma - gamma.mean()).square().sum()
-    beta = -1 / slope
-    return gamma.mean() + beta * y.mean(), beta
 
 
 def orders_of(model):
@@ -966,31 +1035,37 @@ def fill_from_noise(model, z, noise, steps, order, warping):
     for start in range(0, z.size(1), model.b):
         block = z[:, start:start + model.b]                                     # a view of z
         stop = start + block.size(1)
-        hidden = block == model.V
-        if not hidden.any():
+        state = only_noise(model, block)
+        if not state.hidden.any():
             continue
         way = ways_out_of_noise(block.size(1), steps, order).to(z.device)       # (N + 1, n)
         level = model.levels(1 - way)                                           # high to low
-        known = block.masked_fill(hidden, 0)
-        state = model.with_noise(known, hidden, torch.full_like(noise[:, :1, 0], 20.0))
         for step in range(len(way) - 1):
-            state.gamma = torch.where(state.hidden, level[step], CLEAN)
-            logp, cache = model.decode(z, state, start, stop, torch.ones_like(hidden), cache)
-            logp = logp.view(*block.shape, -1)                                  # (B, n, V)
             ends = state.hidden & (way[step + 1] == 1)
+            state.gamma = torch.where(state.hidden, level[step], CLEAN)
+            logp, cache = model.decode(z, state, start, stop, torch.ones_like(ends), cache)
+            logp = logp.view(*block.shape, -1)                                  # (B, n, V)
             drawn = categorical(warp(logp, **warping), noise[:, start:stop, 0])
             said = torch.where(ends, drawn, logp.argmax(-1))
             block.copy_(torch.where(state.hidden, said, block))
-            less_noise(state, logp.exp(), model.E, level[step + 1])
-            reveal(state, ends, drawn, model.E)
+            less_noise(state, logp.exp() @ model.E, level[step + 1])
+            state.z = torch.where(ends[..., None], model.E[drawn], state.z)
+            state.hidden = state.hidden & ~ends
             yield
+
+
+def only_noise(model, block):
+    """The state in which nothing is left of the hidden tokens of a block (B, n)."""
+    hidden = block == model.V
+    gamma = torch.full(block.shape, 20.0, device=block.device)
+    return model.with_noise(block.masked_fill(hidden, 0), hidden, gamma)
 
 
 def ways_out_of_noise(n, steps, order):
     """How far each of n tokens has come out of the noise before each step, and at the end.
 
     -> (N + 1, n), from 0 to 1. In the order `left` each is drawn in one step, when a masked student
-    would reveal it: nothing is ever half noisy.
+    would reveal it: nothing is ever half noisy, and noise only does what a mask does.
     """
     N = steps or n
     if order == "together":
@@ -999,22 +1074,13 @@ def ways_out_of_noise(n, steps, order):
     return (torch.arange(N + 1)[:, None] > left_steps(n, n, N)).float()
 
 
-def less_noise(state, guess, E, lower):
-    """Moves the hidden tokens to lower noise levels (n,), towards the mean of a guess (B, n, V)."""
-    hidden = state.hidden[..., None]
-    alpha, sigma = rates(state.gamma)[..., None].unbind(-2)                     # (B, n, 1)
-    lower_alpha, lower_sigma = rates(lower)[..., None].unbind(-2)               # (n, 1)
-    mean = guess @ E                                                            # (B, n, D)
+def less_noise(state, mean, lower):
+    """Moves the hidden tokens of a state to lower noise levels (n,), towards points (B, n, D)."""
+    alpha, sigma = rates(state.gamma[..., None])                                # (B, n, 1)
+    lower_alpha, lower_sigma = rates(lower[..., None])                          # (n, 1)
     eps = (state.z - alpha * mean) / sigma
-    state.z = torch.where(hidden, lower_alpha * mean + lower_sigma * eps, state.z)
-    state.guess = torch.where(hidden, guess, state.guess)
-
-
-def reveal(state, which, x, E):
-    """Makes tokens x (B, n) visible where `which` says so."""
-    state.z = torch.where(which[..., None], E[x], state.z)
-    state.guess = torch.where(which[..., None], one_hot(x, len(E)).to(E), state.guess)
-    state.hidden = state.hidden & ~which
+    moved = lower_alpha * mean + lower_sigma * eps
+    state.z = torch.where(state.hidden[..., None], moved, state.z)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1166,6 +1232,17 @@ def seeded(seed):
 
 
 @contextlib.contextmanager
+def evaluating(model):
+    """Inside, the model is in evaluation mode; outside, it is as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextlib.contextmanager
 def counting(model):
     """Counts what the network does inside: calls, rows in all of them, slots (tokens run)."""
     count = {"calls": 0, "rows": 0, "slots": 0}
@@ -1180,83 +1257,6 @@ def counting(model):
         yield count
     finally:
         handle.remove()
-
-
-@torch.no_grad()
-def bound(model, x, repeats=1, seed=0, neighbours=1):
-    """Negative log-likelihood bound of texts x (n, L): mean and standard error, nats per token.
-
-    It is exact at b = 1. Of a `Continuous` model it is no bound, but the loss at its noise levels.
-    Each text is hidden `repeats` times; the seed makes these states the same for all models with
-    this b. neighbours: so many texts in a row are cut from one piece and alike, so the error is
-    computed over such pieces.
-    """
-    training = model.training
-    model.eval()
-    each = torch.zeros(len(x), device=x.device, dtype=model.embedding.weight.dtype)
-    with seeded(seed):
-        for rows in torch.arange(len(x), device=x.device).split(at_once(model)):
-            for _ in range(repeats):
-                z = states_of(model, x[rows])
-                each[rows] += text_bound(model, x[rows], z) / repeats
-    model.train(training)
-    alike = max(1, min(neighbours, len(each) // 2))                  # two pieces at the least
-    pieces = torch.stack([piece.mean() for piece in each.split(alike)])
-    return each.mean().item(), (pieces.std() / len(pieces) ** 0.5).item()
-
-
-@torch.no_grad()
-def nll_in_steps(model, x, steps=0):
-    """Exact negative log-likelihood of texts x (n, L) for the sampler: mean, standard error.
-
-    In nats per token, n at least 2. In the order `left` the step that reveals a token does not
-    depend on the text. So the p(x) of `sample`, at temperature 1, is the product of what the
-    network says of each token in that step. It counts the price of drawing the tokens of a step
-    independently. steps: per block; 0 means one token a step, from left to right as an AR model.
-
-    All blocks are hidden and asked at once, since each sees the text itself to its left.
-    """
-    reveals = left_steps(x.size(1), model.b, steps).to(x.device)                # (L,)
-    nll = torch.zeros(len(x), device=x.device, dtype=model.embedding.weight.dtype)
-    for rows in torch.arange(len(x), device=x.device).split(at_once(model)):
-        for step in reveals.unique():
-            z = torch.where(reveals >= step, model.V, x[rows])
-            logp = of_tokens(model(x[rows], z), x[rows])                        # (rows, L)
-            nll[rows] -= logp[:, reveals == step].sum(1) / x.size(1)
-    return nll.mean().item(), (nll.std() / len(nll) ** 0.5).item()
-
-
-def left_steps(L, b, steps):
-    """The step of its block in which the order `left` reveals each token of a text: (L,)."""
-    blocks = []
-    for start in range(0, L, b):
-        hidden = torch.ones(1, min(b, L - start), dtype=torch.bool)             # (1, n)
-        schedule = Schedule("left", steps, 0.0, torch.zeros(hidden.shape))      # no threshold
-        step_of = torch.zeros(hidden.size(1), dtype=torch.long)
-        for step in range(schedule.N):
-            logp = torch.zeros(int(hidden.sum()), 1)                            # is not looked at
-            new = schedule.choose(step, hidden, logp)
-            step_of[new[0]] = step
-            hidden = hidden & ~new
-        blocks.append(step_of)
-    return torch.cat(blocks)
-
-
-def states_of(model, x):
-    """States such as plain diffusion trains on."""
-    return noisy_states(model, x) if is_continuous(model) else hide(x, model.b, model.V)
-
-
-def at_once(model):
-    """How many texts to run at once, so that log-probabilities (texts, L, V) stay below 16 MB."""
-    return min(128, max(1, 2 ** 22 // (model.L * model.V)))
-
-
-def text_bound(model, x, z):
-    """One state's estimate of each text's bound (B,): `loss` with `one_hot`, text by text."""
-    hidden = hidden_in(z, model.V)
-    nll = -of_tokens(model(x, z), x)                        # -log p(x_i | z)
-    return (token_weights(hidden, model.b) * nll.where(hidden, 0)).sum(1)
 
 
 def gram_counts(x, n):

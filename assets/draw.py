@@ -540,15 +540,27 @@ def sixteen(kept):
     return markdown(head, rows)
 
 
+def fit_levels(gamma, nats, A):
+    """mu and beta of the curve A exp(-exp(-(gamma - mu) / beta)) through points (n,).
+
+    A: what is lost where noise leaves nothing. Points where nearly that or nearly nothing is lost
+    do not count.
+    """
+    steep = (nats > 0.02 * A) & (nats < 0.98 * A)
+    gamma, nats = gamma[steep], nats[steep]
+    y = (-(nats / A).log()).log()                              # = -(gamma - mu) / beta
+    slope = ((gamma - gamma.mean()) * (y - y.mean())).sum() / (gamma - gamma.mean()).square().sum()
+    beta = -1 / slope
+    return gamma.mean() + beta * y.mean(), beta
+
+
 def loss_by_noise(kept):
     """What noise of each level costs: the student, the noise alone, and the fitted curve."""
     import torch
-
-    import dlm
-    run = chosen(kept["runs"], data="docs", method="plain", lr=0.002, self=0)[0]
+    run = chosen(kept["runs"], data="docs", noise="gaussian", method="plain", block=4)[0]
     gamma, student, channel = torch.tensor(run["curve"]).unbind(1)
     A = student[-1]
-    mu, beta = dlm.fit_levels(gamma, student, A)
+    mu, beta = fit_levels(gamma, student, A)
     fine = torch.linspace(gamma[0], gamma[-1], 200)
     fig, ax = plt.subplots(figsize=(6, 3.6))
     ax.plot(gamma, channel, "k^:", markerfacecolor="none", label="what the noise leaves, alone")
@@ -562,26 +574,62 @@ def loss_by_noise(kept):
     return fig
 
 
-def continuous_table(kept):
-    """What the continuous student writes, by steps a block."""
-    ways = []
-    for run in kept["runs"]:
-        way = {key: run[key] for key in ("data", "what", "lr")}
-        if way not in ways:
-            ways.append(way)
+TOKENS_A_STEP = ("1", "2", "4")
+LEFT_NAMES = {"plain": "plain", "plain2000": "plain, 2000 updates", "prefix": "prefix",
+              "tcs": "TCS", "opdlm": "OPDLM"}
+
+
+def by_left(kept):
+    """What students of `docs` do by the default order; plain diffusion also in as many seconds."""
     rows = []
-    for way in ways:
-        runs = chosen(kept["runs"], **way)
-        quality = []
-        for steps in ("1", "4", "16", "64"):
-            there = [run for run in runs if steps in run["rows"]]
-            quality.append(said(way["data"], there, lambda run: marked(run["rows"][steps]))
-                           if there else "")
-        entropy = mean_of(runs, lambda run: (run["rows"]["16"]["entropy"], 0))[0]
-        rows.append([f"`{way['data']}`", way["what"], f"{way['lr']:g}", *quality,
-                     f"{entropy:.2f}", str(len(runs))])
-    head = ["", "student", "rate", "1 step", "4", "16", "64", "entropy at 16", "seeds"]
+    for name, label in LEFT_NAMES.items():
+        runs = chosen(kept["by_left"], data="docs", name=name)
+        costs = [stated(runs, lambda run: (run["rows"][k]["nll"], 0)) for k in TOKENS_A_STEP]
+        quality = [stated(runs, lambda run: judged(run["rows"][k])) for k in TOKENS_A_STEP]
+        rows.append([label, *costs, *quality])
+    return markdown(["tokens a step:", "text costs it: 1", "2", "4", "judge NLL: 1", "2", "4"], rows)
+
+
+NOISY = {("mask", "plain", "data"): "masks, plain", ("mask", "tcs", "data"): "masks, TCS",
+         ("gaussian", "plain", "data"): "noise, plain", ("gaussian", "tcs", "data"): "noise, TCS",
+         ("gaussian", "sequence", "teacher"): "noise, plain, teacher's texts",
+         ("gaussian", "tcs", "teacher"): "noise, TCS, teacher's texts"}
+IN_TURNS = [("left", N) for N in (1, 2, 4)]
+TOGETHER = [("together", N) for N in (4, 8, 16, 32, 64)]
+
+
+def row_of(run, order, steps):
+    return next(iter(chosen(run["rows"], order=order, steps=steps)), None)
+
+
+def noise_table(kept, data):
+    """What students write whose tokens are noisy, beside masked ones: in turns, and together."""
+    rows = []
+    for (noise, method, states), label in NOISY.items():
+        runs = chosen(kept["runs"], data=data, noise=noise, method=method, states=states,
+                      block=4, student="ar")
+        rows.append([label, *qualities(data, runs, IN_TURNS + TOGETHER)])
+    if data == "docs":
+        runs = chosen(kept["runs"], data=data, student="random")
+        rows.append(["noise, plain, random weights", *qualities(data, runs, IN_TURNS + TOGETHER)])
+    head = ["in turns:", "1", "2", "4", "together: 4", "8", "16", "32", "64"]
     return markdown(head, rows)
+
+
+def qualities(data, runs, ways):
+    """Judge NLL, or the share of right stories, for each (order, steps); empty where none is."""
+    return [said(data, runs, lambda run: marked(row_of(run, *way))) if row_of(runs[0], *way) else ""
+            for way in ways]
+
+
+def noise_tried(kept):
+    """What was tried on the continuous student, one seed each: judge NLL, all together."""
+    rows = []
+    for run in kept["tried"]:
+        quality = [f"{run['rows'][steps]['judge_nll']:.2f}" if steps in run["rows"] else ""
+                   for steps in ("1", "4", "16", "64")]
+        rows.append([run["what"], f"{run['lr']:g}", *quality])
+    return markdown(["student", "rate", "1 step", "4", "16", "64"], rows)
 
 
 def rules(kept):
@@ -705,7 +753,10 @@ TABLES = {"main-job": lambda: main_job(read("main-job")),
           "pretrained": lambda: pretrained_table(read("pretrained")),
           "smollm2": lambda: smollm2(read("pretrained")),
           "sixteen": lambda: sixteen(read("pretrained")),
-          "continuous": lambda: continuous_table(read("continuous")),
+          "by-left": lambda: by_left(read("students")),
+          "noise-docs": lambda: noise_table(read("continuous"), "docs"),
+          "noise-stories": lambda: noise_table(read("continuous"), "stories"),
+          "noise-tried": lambda: noise_tried(read("continuous")),
           "shares": lambda: shares(read("tcs")),
           "rounds": lambda: rounds(read("few-steps"), read("sdtt")),
           "orders": lambda: orders(read("few-steps")),

@@ -83,6 +83,7 @@ PREFIX = [math.log(p) for p in (0.35, 0.1, 0.3, 0.05, 0.2)]
 SUFFIX = [math.log(p) for p in (0.07, 0.5, 0.08, 0.6, 0.06)]
 MEANS = [[math.log(p) for p in row] for row in ((0.7, 0.2, 0.1), (0.1, 0.6, 0.3), (0.2, 0.2, 0.6))]
 JOINT = [[0.3, 0.1, 0.1], [0.05, 0.2, 0.0], [0.1, 0.05, 0.1]]
+CORNERS = [[1.4142, 0.0], [-0.7071, 1.2247], [-0.7071, -1.2247]]        # all √2 long
 AR = dlm.HiddenMarkov.markov(3, 4, seed=1, sharp=1.5)
 DENOISER = dlm.HiddenMarkov(AR.start, AR.trans, AR.emit, L=4, b=4)
 
@@ -298,6 +299,21 @@ def check_tokens_a_position(b, K):  # run by the teacher, on average over a bloc
         "You forgot the pass that scores the prefixes.": K * (b - 1) / 2,
         "The last token of a block is never read, so it is not run.": 1 + K * (b + 1) / 2,
         "This is the cost of the block. Divide it by b.": b + K * b * (b - 1) / 2}
+
+
+@exercise(([-0.2, -1.9, -3.5], [-0.9, 0.4], CORNERS, 0.8),
+          ([-0.7, -0.9, -2.4], [0.3, -1.1], CORNERS, -0.4))
+def check_seen_through_noise(log_c, z, E, gamma):  # the target for a noisy letter (V,)
+    alpha = (1 + math.exp(gamma)) ** -0.5
+    sigma = (1 + math.exp(-gamma)) ** -0.5
+    near = E @ z                                                                # (V,)
+    noise = alpha / sigma ** 2 * near
+    return (log_c + noise).softmax(-1), {
+        "The exponent of a normal law has sigma² below, not sigma.":
+            (log_c + alpha / sigma * near).softmax(-1),
+        "The noise lies around alpha E_v, and not around E_v.":
+            (log_c + near / sigma ** 2).softmax(-1),
+        "You forgot the score: this is what the noise alone says.": noise.softmax(-1)}
 
 
 # ---- 4_opdlm

@@ -3,7 +3,8 @@
 `bound_by_counts` and its neighbours add up the loss and what it bounds (notebook 1). `Sums` has all
 states of a small source. It adds up what `dlm.sample` writes in each order (notebook 2), and the
 best student that each state can have (notebooks 4 and 5). `leave_one_out` and `averaged` are
-targets that an exact source can give (notebook 3).
+targets that an exact source can give, and `TrueDenoiser` is what it says of noisy letters (notebook
+3).
 
 Shapes: S states, T texts, L letters of a text, V letters to choose from.
 """
@@ -110,6 +111,33 @@ def averaged(source, student, x, z, S=4):
     others = log_q.sum(1, keepdim=True) - log_q                                 # q(hidden but i)
     weighted = log_c + (log_p - others)[..., None]
     return weighted.view(S, -1, *weighted.shape[1:]).logsumexp(0).softmax(-1)
+
+
+class TrueDenoiser(dlm.Continuous):
+    """p(x_i | z) of noisy letters z, where only the texts (T, L) can be, with probabilities law (T,).
+
+    points (V, D): where the letters are. It writes by `dlm.sample`, as a continuous student does.
+    """
+
+    def __init__(self, texts, law, points):
+        V, D = points.shape
+        L = texts.size(1)
+        super().__init__(dlm.Config(V, L, b=L, n_layer=1, n_head=1, n_embd=2, D=D))
+        self.double()
+        self.set_points(points.double())
+        self.texts = texts
+        self.law = law
+
+    def posterior(self, z):
+        """p(x | z) of each text: (B, T)."""
+        places = torch.arange(self.L)
+        seen = self.channel(z)[:, places, self.texts].sum(-1)                   # (B, T)
+        return (self.law.log() + seen).softmax(-1)
+
+    def decode(self, x, z, start, stop, wanted, cache=None):
+        letters = dlm.one_hot(self.texts, self.V).double()                      # (T, L, V)
+        p = torch.einsum("bt,tlv->blv", self.posterior(z), letters)
+        return p[wanted].log(), None
 
 
 def of_text(table, x):

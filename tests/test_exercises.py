@@ -127,6 +127,8 @@ OTHERWISE = {  # right answers that are written in another way than in the solut
     "mean_over_completions": "(log_c.exp() * (log_p - log_q).exp()[:, None]).sum(0)"
                              " / (log_p - log_q).exp().sum()",
     "gradient_score": "(prefix + E @ gradient).softmax(-1)",
+    "seen_through_noise": "(log_c - (z - E / (1 + math.exp(gamma)) ** .5).square().sum(1)"
+                          " * (1 + math.exp(-gamma)) / 2).softmax(-1)",
     "pick_states": "states_at(states, (4 * torch.rand(states.size(1))).long())",
     "opdlm_target": "dlm.prefix(teacher, x, y, b).tolist()",
     "weight_after": "w + (0.5 - w) / n",
@@ -201,6 +203,10 @@ MISTAKES = [
     ("tokens_a_position", "K * (b - 1) / 2", "forgot the pass"),
     ("tokens_a_position", "1 + sum(K * (b - i) for i in range(b)) / b", "never read"),
     ("tokens_a_position", "b * tokens_a_position(b, K)", "Divide it by b"),
+    ("seen_through_noise", "seen_through_noise(log_c, z / (1 + math.exp(-gamma)) ** .5, E, gamma)",
+     "sigma² below"),
+    ("seen_through_noise", "(log_c + E @ z * (1 + math.exp(-gamma))).softmax(-1)", "around alpha"),
+    ("seen_through_noise", "seen_through_noise(0 * log_c, z, E, gamma)", "forgot the score"),
     ("pick_states", "states.gather(0, torch.randint(4, states[:1].shape))[0]", "same moment"),
     ("pick_states", "states_at(states, torch.randint(5, (states.size(1),)))", "last state"),
     ("pick_states", "states[2]", "equally likely.*0.0, 0.0, 1.0"),
@@ -350,4 +356,4 @@ def test_the_message_says_what_is_wrong(name, answer, message):
 
 def test_each_check_belongs_to_an_exercise():
     assert CHECKS.keys() == {f"check_{name}" for name in SOLUTIONS}
-    assert len(CHECKS) == 33
+    assert len(CHECKS) == 34

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import dlm
 
@@ -93,3 +94,10 @@ def test_each_table_of_the_pages_says_what_is_kept(draw):
     assert sorted(re.findall(r"<!-- table (\S+) -->\n\|", text)) == sorted(draw.TABLES)
     assert draw.with_tables(text) == text
     assert "nan" not in "".join(table() for table in draw.TABLES.values())
+
+
+def test_the_curve_of_noise_levels_is_found(draw):
+    gamma = torch.linspace(-2, 8, 30)
+    nats = 2.5 * (-(-(gamma - 2.2) / 0.7).exp()).exp()
+    mu, beta = draw.fit_levels(gamma, nats, 2.5)
+    torch.testing.assert_close(torch.stack([mu, beta]), torch.tensor([2.2, 0.7]), atol=0.01, rtol=0)

@@ -285,6 +285,21 @@ def test_models_that_will_not_do(saved, refused, monkeypatch, argv):
     assert re.search(BAD[argv], refused("distill", f"--data tiny.txt --method plain {argv}"))
 
 
+@pytest.mark.parametrize("part", ["AutoTokenizer", "AutoModelForCausalLM"])
+@pytest.mark.parametrize("error", [
+    OSError("You are trying to access a gated repo.\nMake sure to have access to it."),
+    ConnectionError("Connection broken: IncompleteRead(9 bytes read, 99 more expected)"),
+    TimeoutError("The read operation timed out")], ids=["gated", "interrupted", "slow"])
+def test_a_download_that_fails(saved, refused, monkeypatch, part, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(getattr(transformers, part), "from_pretrained", fail)
+    said = refused("distill", "--data tiny.txt --method plain --teacher tiny-llama")
+    assert "--teacher tiny-llama: cannot be loaded" in said
+    assert " ".join(str(error).split()) in said
+
+
 def test_without_the_packages(saved, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     said = refused("distill", f"--data tiny.txt --method plain {TEACHER}")
