@@ -584,7 +584,7 @@ def by_left(kept):
     rows = []
     for name, label in LEFT_NAMES.items():
         runs = chosen(kept["by_left"], data="docs", name=name)
-        costs = [stated(runs, lambda run: (run["rows"][k]["nll"], 0)) for k in TOKENS_A_STEP]
+        costs = [f"{fmean(run['rows'][k]['nll'] for run in runs):.2f}" for k in TOKENS_A_STEP]
         quality = [stated(runs, lambda run: judged(run["rows"][k])) for k in TOKENS_A_STEP]
         rows.append([label, *costs, *quality])
     return markdown(["tokens a step:", "text costs it: 1", "2", "4", "judge NLL: 1", "2", "4"], rows)
