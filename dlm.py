@@ -1021,7 +1021,7 @@ def seen_through(student, z, target):
 
 
 def orders_of(model):
-    return ("left", "together") if is_continuous(model) else ORDERS
+    return ("together", "left") if is_continuous(model) else ORDERS
 
 
 def fill_from_noise(model, z, noise, steps, order, warping):

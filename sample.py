@@ -261,7 +261,7 @@ def ways_to_write(model, order="", steps=0, threshold=0.0, most=0):
         numbers = [steps] if steps else [2 ** k for k in range((most or model.b).bit_length())]
         ways = [{"order": name, "steps": N} for name in orders for N in numbers]
         if not steps and dlm.is_continuous(model):
-            ways += [{"order": "together", "steps": N} for N in (16, 64)]
+            ways = [{"order": "together", "steps": N} for N in (16, 64)] + ways
         elif not steps:
             ways += [{"order": "left", "threshold": sure} for sure in (0.9, 0.99)]
     return {" ".join(f"{key} {value}" for key, value in way.items()): way for way in ways}
