@@ -265,7 +265,7 @@ def plot_quality(rows):
             ax.axhline(r.get(key, math.nan), color="0.5", linestyle=style, label=r["what"])
         lines = {}
         for r in rows[2:]:
-            how = "threshold" if "threshold" in r else r.get("order")
+            how = "threshold" if "threshold" in r else r.get("order", "left")
             name = r["what"].split(",")[0] + ", " + how
             lines.setdefault(name, []).append((r["calls"], r.get(key, math.nan)))
         for (name, points), marker in zip(lines.items(), "os^vD<>ph*"):
