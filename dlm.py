@@ -15,6 +15,7 @@ the few numbers we judge by. Shapes: B texts, L tokens, V tokens in the vocabula
 KL divergences are in nats per token.
 """
 import contextlib
+import functools
 import math
 import os
 import time
@@ -1038,18 +1039,19 @@ def fill_from_noise(model, z, noise, steps, order, warping):
         state = only_noise(model, block)
         if not state.hidden.any():
             continue
+        uniform = noise[:, start:stop, 0]
         way = ways_out_of_noise(block.size(1), steps, order).to(z.device)       # (N + 1, n)
-        level = model.levels(1 - way)                                           # high to low
+        level = model.levels(1 - way)        # high to low, but never to CLEAN: that is by drawing
         for step in range(len(way) - 1):
             ends = state.hidden & (way[step + 1] == 1)
             state.gamma = torch.where(state.hidden, level[step], CLEAN)
             logp, cache = model.decode(z, state, start, stop, torch.ones_like(ends), cache)
             logp = logp.view(*block.shape, -1)                                  # (B, n, V)
-            drawn = categorical(warp(logp, **warping), noise[:, start:stop, 0])
-            said = torch.where(ends, drawn, logp.argmax(-1))
-            block.copy_(torch.where(state.hidden, said, block))
+            said = logp.argmax(-1)                                              # (B, n)
+            said[ends] = categorical(warp(logp[ends], **warping), uniform[ends])
+            block.copy_(torch.where(state.hidden, said, block))  # to be shown; `state` goes on
             less_noise(state, logp.exp() @ model.E, level[step + 1])
-            state.z = torch.where(ends[..., None], model.E[drawn], state.z)
+            state.z = torch.where(ends[..., None], model.E[said], state.z)
             state.hidden = state.hidden & ~ends
             yield
 
@@ -1057,15 +1059,17 @@ def fill_from_noise(model, z, noise, steps, order, warping):
 def only_noise(model, block):
     """The state in which nothing is left of the hidden tokens of a block (B, n)."""
     hidden = block == model.V
-    gamma = torch.full(block.shape, 20.0, device=block.device)
+    gamma = torch.full(block.shape, 20.0, device=block.device)     # beyond the highest level
     return model.with_noise(block.masked_fill(hidden, 0), hidden, gamma)
 
 
+@functools.lru_cache
 def ways_out_of_noise(n, steps, order):
     """How far each of n tokens has come out of the noise before each step, and at the end.
 
     -> (N + 1, n), from 0 to 1. In the order `left` each is drawn in one step, when a masked student
-    would reveal it: nothing is ever half noisy, and noise only does what a mask does.
+    would reveal it if nothing is given: so nothing is ever half noisy, and noise does what a mask
+    does.
     """
     N = steps or n
     if order == "together":
