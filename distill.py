@@ -35,7 +35,7 @@ METHODS = {  # name: states, target
     "sequence": ("teacher", "onehot"),  # sequence-level distillation: the teacher only writes
     "prefix": ("data", "prefix"),       # the causal head as target: a biased shortcut
     "tcs": ("data", "topk"),            # target concrete score
-    "sdtt": ("sampled", "later"),       # the teacher is the student's earlier self
+    "sdtt": ("on_the_way", "later"),    # the teacher is the student's earlier self
     "opdlm": ("rollout", "prefix"),     # on-policy: the student's own text, the AR model's word
 }
 JUDGE_OF_TEXT = train_teacher.Options(tokenizer="char", context=128, updates=500)
@@ -113,7 +113,7 @@ def halves(o, b, teacher, earlier_self, kept):
     def data(student, x, rows):
         return State(x, x, dlm.states_of(student, x), rows=rows)
 
-    def sampled(student, x, rows):
+    def on_the_way(student, x, rows):
         # In a round of sdtt o.fewest are the student's steps a block, o.steps its earlier self's.
         z, t = dlm.hide_at_step_times(x, b, V, o.fewest)
         return State(x, x, z, t)
@@ -136,7 +136,7 @@ def halves(o, b, teacher, earlier_self, kept):
         return dlm.sdtt(earlier_self, s.x, s.z, s.t, 1 / o.steps, o.k)
 
     # `teacher` is `data`, but that `texts_for` lets the teacher write the texts.
-    states = {"data": data, "teacher": data, "sampled": sampled, "rollout": rollout}
+    states = {"data": data, "teacher": data, "on_the_way": on_the_way, "rollout": rollout}
     targets = {"onehot": onehot, "prefix": prefix, "later": later}
     return states, {**targets, **dict.fromkeys(dlm.ESTIMATORS, score)}
 
@@ -161,7 +161,7 @@ def choose_method(o):
     if o.noise == "gaussian" and o.states not in ("data", "teacher"):
         raise UserError(f"--noise gaussian: {o.method} works with masks; "
                         "use plain, prefix, tcs or sequence")
-    goes_with = {"sampled": ("later",), "rollout": ("prefix",)}
+    goes_with = {"on_the_way": ("later",), "rollout": ("prefix",)}
     if o.target not in goes_with.get(o.states, ("onehot", "prefix", *dlm.ESTIMATORS)):
         raise UserError(f"--states {o.states} --target {o.target}: do not go together; rollout "
                         "wants prefix; sdtt, and so all, want neither option")
@@ -205,14 +205,14 @@ class Distillation:
         self.held = consecutive(corpus.parts["val"], student.L, o.judged).to(device)
         if dlm.is_continuous(student):          # a first guess of the middle level, by LangFlow
             nats = dlm.bound(teacher, self.held)[0]
-            student.noise[0] = math.log(student.c.D / 2 / nats)
+            student.gumbel[0] = math.log(student.c.D / 2 / nats)
         if o.states == "teacher":       # no text but the teacher's: it chooses the weights, too
             with dlm.seeded(o.seed + 1):
                 self.held = dlm.generate(teacher, o.judged)
         kept = None
         if o.target in dlm.ESTIMATORS:
             kept = score_texts(o, teacher, self.texts, student.b)
-        earlier_self = copy.deepcopy(student).eval() if o.states == "sampled" else None
+        earlier_self = copy.deepcopy(student).eval() if o.states == "on_the_way" else None
         states, targets = halves(o, student.b, teacher, earlier_self, kept)
         self.states = states[o.states]
         self.target = targets[o.target]
@@ -235,7 +235,7 @@ class Distillation:
         and more where the texts are duller than FLOOR allows.
         """
         o = self.o
-        steps = o.fewest if o.states == "sampled" else o.steps or student.b
+        steps = o.fewest if o.states == "on_the_way" else o.steps or student.b
         order = "left" if dlm.is_continuous(student) else o.order
         with dlm.seeded(0):
             number = max(1, o.judged // 4)

@@ -10,9 +10,9 @@ where z is the text with some tokens hidden. The methods differ in two words: wh
 student trains on, and which target it aims at.
 
 In this order: the Transformer; states, the loss and the bound; TCS; SDTT; OPDLM; the sampler; the
-continuous student, which has noise in the place of masks; exact sources to check all of it with;
-the few numbers we judge by. Shapes: B texts, L tokens, V tokens in the vocabulary. Likelihoods and
-KL divergences are in nats per token.
+continuous student, which has noise in the place of masks; the few numbers we judge by. (The exact
+sources that all of it is checked with stand in notebooks/exact.py.) Shapes: B texts, L tokens, V
+tokens in the vocabulary. Likelihoods and KL divergences are in nats per token.
 """
 import contextlib
 import functools
@@ -157,6 +157,15 @@ class Layer(nn.Module):
         return h + F.dropout(y, self.dropout, self.training)
 
 
+def behind(text, e, b):
+    """What slots hold (B, L, d) where each block of embeddings e (B, L, d) stands behind the text.
+
+    Slot i holds e_{i-1} or, where i begins a block of b, what the AR model's slot holds: text_i.
+    """
+    begins_block = torch.arange(e.size(1), device=e.device) % b == 0
+    return torch.where(begins_block[:, None], text, F.pad(e[:, :-1], (0, 0, 1, 0)))
+
+
 class Transformer(nn.Module):
     """log p(x_i | the clean blocks left of i's block, the visible tokens of its own block).
 
@@ -285,16 +294,13 @@ class Transformer(nn.Module):
         """
         L = x.size(1)
         n_clean = clean_slots(L, b)                        # of x; the last block needs none
-        position = torch.arange(L, device=x.device)
-        old = self.embedding(self.shift(x))
-        # Slot i holds y_{i-1}, but the first slot of a block holds x_{i-1}.
-        begins_block = (position % b == 0)[:, None]
-        new = torch.where(begins_block, old, F.pad(e[:, :-1], (0, 0, 1, 0)))
-        position = torch.cat([position[:n_clean], position])
-        is_old = torch.arange(len(position), device=x.device) < n_clean
+        text = self.embedding(self.shift(x))
+        every = torch.arange(L, device=x.device)
+        position = torch.cat([every[:n_clean], every])
+        is_x = torch.arange(len(position), device=x.device) < n_clean
         causal = position <= position[:, None]
-        mask = attends(position, is_old, position, is_old, b) & causal
-        e = torch.cat([old[:, :n_clean], new], dim=1)
+        mask = attends(position, is_x, position, is_x, b) & causal
+        e = torch.cat([text[:, :n_clean], behind(text, e, b)], dim=1)
         return self.log_probs(self.run(e, position, mask, last=L))
 
     def prefill(self, x):
@@ -361,9 +367,9 @@ def hide(x, b, mask):
     """
     size = cut_blocks(torch.ones_like(x), b).sum(-1)                            # (B, n)
     m = stratified_integers(*size.shape, size, x.device) + 1
-    noise = cut_blocks(torch.rand(x.shape, device=x.device), b, fill=2.0)       # (B, n, b)
-    place = noise.argsort(-1).argsort(-1)       # of each random number in its block, ascending
-    hidden = (place < m[..., None]).flatten(1)[:, :x.size(1)]
+    u = cut_blocks(torch.rand(x.shape, device=x.device), b, fill=2.0)           # (B, n, b)
+    rank_in_block = u.argsort(-1).argsort(-1)   # of each random number, the lowest first
+    hidden = (rank_in_block < m[..., None]).flatten(1)[:, :x.size(1)]
     return torch.where(hidden, mask, x)
 
 
@@ -564,8 +570,9 @@ def concrete_score(teacher, x, b, estimator="topk", K=16):
 def tcs(teacher, x, b, estimator="topk", K=16):
     """Targets of TCS at every token of x (B, L): candidates v and c_i(v), both (B, L, K).
 
-    c_i depends on the text and on b, not on what is hidden. So it is computed once and serves every
-    epoch and noise level. `dense` turns it into a target.
+    c_i depends on the text and on b, not on what is hidden. So it is computed once, before
+    training, and serves every epoch and noise level. Kept are the K candidates only, since V
+    numbers a token would fill the memory; `dense` makes a batch of them a target again.
     """
     if estimator in ("exact", "grad"):
         K = teacher.V
@@ -739,7 +746,7 @@ def first_of_each(score, hidden, count):
 
 
 @torch.no_grad()
-def sample(model, z, steps=0, order=None, threshold=0.0, noise=None, **warping):
+def sample(model, z, steps=0, order=None, threshold=0.0, uniforms=None, **warping):
     """Fills the hidden tokens of z (B, T) block by block, and yields the state after each step.
 
     A step reveals k tokens of a block, all drawn in parallel from their own marginals, as `warp`
@@ -758,21 +765,21 @@ def sample(model, z, steps=0, order=None, threshold=0.0, noise=None, **warping):
     threshold: all that are at least so sure come as well, in every order but `ancestral`. Given
     tokens never change; those right of a block are seen only if b = L. An AR model has blocks of
     one token, so this is ordinary generation. Beyond the context the text goes on in windows that
-    see the last half context. noise (B, T, 2): uniforms, so that a row can be had again (not of a
-    continuous student, whose noise is normal).
+    see the last half context. uniforms (B, T, 2): random numbers to draw with, so that a row can
+    be had again (not of a continuous student, whose noise is normal).
     """
     order = order or "left"
     if order not in orders_of(model):
         raise UserError(f"--order {order}: this model knows {', '.join(orders_of(model))}")
     L, b = model.L, model.b
     z = z.clone()
-    if noise is None:
-        noise = torch.rand(*z.shape, 2, device=z.device)
+    if uniforms is None:
+        uniforms = torch.rand(*z.shape, 2, device=z.device)
     overlap = L // 2 if 2 * b > L else L // 2 // b * b  # of windows: whole blocks, where one fits
     yield z.clone()
     for start in range(0, max(1, z.size(1) - overlap), L - overlap):
         window = slice(start, start + L)
-        part = (model, z[:, window], noise[:, window], steps)
+        part = (model, z[:, window], uniforms[:, window], steps)
         if is_continuous(model):
             filling = fill_from_noise(*part, order, warping)
         else:
@@ -781,17 +788,17 @@ def sample(model, z, steps=0, order=None, threshold=0.0, noise=None, **warping):
             yield z.clone()
 
 
-def fill(model, z, noise, steps, order, threshold, warping):
+def fill(model, z, uniforms, steps, order, threshold, warping):
     """`sample` within one context: fills z (B, L) in place, and yields after each step.
 
-    noise (B, L, 2): what a token is drawn with, and what random orders and ties go by.
+    uniforms (B, L, 2): what a token is drawn with, and what random orders and ties go by.
     """
     cache = None
     for start in range(0, z.size(1), model.b):
         block = z[:, start:start + model.b]                  # a view of z
         stop = start + block.size(1)
-        uniform = noise[:, start:stop, 0]
-        schedule = Schedule(order, steps, threshold, noise[:, start:stop, 1])
+        uniform = uniforms[:, start:stop, 0]
+        schedule = Schedule(order, steps, threshold, uniforms[:, start:stop, 1])
         for step in range(schedule.N):
             may_come = schedule.may_come(step, block == model.V)              # (B, n)
             if may_come.any():                               # else the network need not run
@@ -948,7 +955,7 @@ class Continuous(Transformer):
         self.level = nn.Linear(2, c.n_embd, bias=False)      # tells the network alpha and sigma
         nn.init.zeros_(self.level.weight)
         self.register_buffer("E", torch.empty(c.V, c.D))
-        self.register_buffer("noise", torch.tensor([math.log(c.D / 4), 0.85]))      # mu, beta
+        self.register_buffer("gumbel", torch.tensor([math.log(c.D / 4), 0.85]))      # mu, beta
         self.set_points(torch.randn(c.V, c.D))
 
     def set_points(self, W):
@@ -975,10 +982,8 @@ class Continuous(Transformer):
         level = self.level(torch.stack(rates(z.gamma), dim=-1))
         said = self.channel(z).softmax(-1)                                      # (B, T, V)
         e = said @ self.embedding.weight[:self.V] + level                       # (B, T, d)
-        begins_block = (torch.arange(x.size(1), device=x.device) % self.b == 0)[window, None]
         text = self.embedding(self.shift(x)[:, window])
-        before = torch.where(begins_block, text, F.pad(e[:, :-1], (0, 0, 1, 0)))
-        return before + self.own(e)
+        return behind(text, e, self.b) + self.own(e)
 
     def with_noise(self, x, hidden, gamma):
         """Texts x (B, L) with noise of level gamma (B, L) on the hidden tokens (B, L): a state."""
@@ -992,7 +997,7 @@ class Continuous(Transformer):
         What noise costs in nats goes as A exp(-exp(-(gamma - mu) / beta)), measured in
         assets/levels.png. So its slope is the density of a Gumbel law, whose quantiles these are.
         """
-        mu, beta = self.noise
+        mu, beta = self.gumbel
         u = u.to(mu).clamp(1e-4, 1 - 1e-4)
         return mu - beta * (-u.log()).log()
 
@@ -1025,7 +1030,7 @@ def orders_of(model):
     return ("together", "left") if is_continuous(model) else ORDERS
 
 
-def fill_from_noise(model, z, noise, steps, order, warping):
+def fill_from_noise(model, z, uniforms, steps, order, warping):
     """`sample` within one context: fills z (B, L) in place, and yields after each step.
 
     A block begins as noise. A step asks what the tokens are, and moves them towards the mean of
@@ -1039,7 +1044,7 @@ def fill_from_noise(model, z, noise, steps, order, warping):
         state = only_noise(model, block)
         if not state.hidden.any():
             continue
-        uniform = noise[:, start:stop, 0]
+        uniform = uniforms[:, start:stop, 0]
         way = ways_out_of_noise(block.size(1), steps, order).to(z.device)       # (N + 1, n)
         level = model.levels(1 - way)        # high to low, but never to CLEAN: that is by drawing
         for step in range(len(way) - 1):
@@ -1085,127 +1090,6 @@ def less_noise(state, mean, lower):
     eps = (state.z - alpha * mean) / sigma
     moved = lower_alpha * mean + lower_sigma * eps
     state.z = torch.where(state.hidden[..., None], moved, state.z)
-
-
-# --------------------------------------------------------------------------------------------------
-# Exact sources: hidden Markov chains that answer the same calls as a Transformer. Tests and
-# notebooks check everything with them; skip them on a first reading.
-
-class HiddenMarkov(nn.Module):
-    """p(s_0) = start, p(s_{i+1} | s_i) = trans, p(x_i | s_i) = emit: every conditional is exact.
-
-    source(x, z) -> log p(x_i | clean blocks left, visible tokens of the own block) (B, L, V), by
-    forward-backward: the true AR model at b = 1, the true denoiser at b = L. So it stands in as
-    teacher, student or judge, and tells what each should learn; set its attribute b.
-    """
-
-    def __init__(self, start, trans, emit, L, b=1):
-        super().__init__()
-        self.start = torch.as_tensor(start, dtype=torch.float64)                # (S,)
-        self.trans = torch.as_tensor(trans, dtype=torch.float64)                # (S, S)
-        self.emit = torch.as_tensor(emit, dtype=torch.float64)                  # (S, V)
-        self.V = self.emit.size(1)
-        self.L = L
-        self.b = b
-        one_hot_or_zero = torch.eye(self.V + 1).double()[:, :-1]  # [MASK] says nothing
-        self.embedding = nn.Embedding.from_pretrained(one_hot_or_zero)
-
-    @staticmethod
-    def markov(V, L, seed=0, sharp=2.0):
-        """An ordinary Markov chain; the larger `sharp`, the more neighbours share."""
-        g = torch.Generator().manual_seed(seed)
-        logits = sharp * torch.randn(V + 1, V, generator=g, dtype=torch.float64)
-        rows = logits.softmax(-1)
-        return HiddenMarkov(rows[0], rows[1:], torch.eye(V), L)
-
-    @staticmethod
-    def branch(L, n=10):
-        """A uniform x_0; all the rest of the row is x_0, or all of it is x_0 + n/2 (mod n)."""
-        trans = torch.zeros(2 * n, 2 * n)              # states: the first letter, then the kept one
-        v = torch.arange(n)
-        trans[v, n + v] = 0.5
-        trans[v, n + (v + n // 2) % n] = 0.5
-        trans[n + v, n + v] = 1
-        start = torch.cat([torch.ones(n) / n, torch.zeros(n)])
-        return HiddenMarkov(start, trans, torch.eye(n).repeat(2, 1), L)
-
-    def forward(self, x, z):
-        L = x.size(1)
-        clean, _ = self.filter(self.embedding(x), self.before(x))               # p(s_i | x_<i)
-        visible = (z < self.V)[..., None]
-        seen = torch.where(visible, self.embedding(z) @ self.emit.T, 1.0)  # p(z_i | s_i)  (B, L, S)
-        right = torch.ones_like(clean)  # p(visible tokens right of i in the block | s_i)
-        for i in range(L - 2, -1, -1):
-            if (i + 1) % self.b:
-                after = right[:, i + 1] * seen[:, i + 1]
-                right[:, i] = scaled(after @ self.trans.T)
-        said = []
-        for i in range(L):
-            if i % self.b == 0:
-                state = clean[:, i]
-            else:
-                state = scaled((state * seen[:, i - 1]) @ self.trans)
-            said.append((state * right[:, i]) @ self.emit)
-        return normalised(torch.stack(said, 1)).log()
-
-    def before(self, x):
-        return self.start.expand(len(x), -1)                                    # (B, S)
-
-    def filter(self, e, state):
-        """Tokens e (B, T, V) behind a state (B, S) -> p(s) before each (B, T, S), and last."""
-        states = []
-        for i in range(e.size(1)):
-            states.append(state)
-            state = scaled((state * (e[:, i] @ self.emit.T)) @ self.trans)
-        return torch.stack(states, 1), state
-
-    def decode(self, x, z, start, stop, wanted, cache):
-        return self(x, z)[:, start:stop][wanted], None
-
-    def score_behind(self, x, e, b):
-        L = x.size(1)
-        states, _ = self.filter(self.embedding(x), self.before(x))
-        at_block_starts = states[:, ::b].flatten(0, 1)
-        y = F.pad(e, (0, 0, 0, -L % b)).view(-1, b, self.V)
-        states, _ = self.filter(y, at_block_starts)
-        p = normalised(states @ self.emit).view(len(x), -1, self.V)
-        return p[:, :L].log()
-
-    def prefill(self, x):
-        states, _ = self.filter(self.embedding(x), self.before(x))
-        return normalised(states @ self.emit).log(), states
-
-    def score_continuations(self, e, start, states):
-        B, n, G, W, V = e.shape
-        state = states[:, start - 1, None].expand(-1, -1, G, -1).flatten(0, 2)
-        states, last = self.filter(e.flatten(0, 2), state)
-        after = torch.cat([states[:, 1:], last[:, None]], 1)
-        return normalised(after @ self.emit).log().view(e.shape)
-
-    def log_prob(self, x):
-        """Exact log-likelihood of whole texts x (B, L): (B,), nats."""
-        logp, _ = self.prefill(x)
-        return of_tokens(logp, x).sum(1)
-
-    def draw(self, B, generator=None):
-        """B texts from the source: (B, L)."""
-        state = torch.multinomial(self.start.expand(B, -1), 1, generator=generator)[:, 0]
-        x = []
-        for _ in range(self.L):
-            x.append(torch.multinomial(self.emit[state], 1, generator=generator)[:, 0])
-            state = torch.multinomial(self.trans[state], 1, generator=generator)[:, 0]
-        return torch.stack(x, 1)
-
-
-def scaled(p):
-    """Sums to 1; where all is 0 it stays 0."""
-    return p / p.sum(-1, keepdim=True).clamp(min=1e-300)
-
-
-def normalised(p):
-    """Sums to 1. Impossible evidence (all 0) gives the uniform one."""
-    possible = p.sum(-1, keepdim=True) > 0
-    return torch.where(possible, scaled(p), 1 / p.size(-1))
 
 
 # --------------------------------------------------------------------------------------------------

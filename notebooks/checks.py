@@ -7,6 +7,7 @@ import math
 import torch
 
 import dlm
+import exact
 
 
 class NotDone(AssertionError):
@@ -84,8 +85,8 @@ SUFFIX = [math.log(p) for p in (0.07, 0.5, 0.08, 0.6, 0.06)]
 MEANS = [[math.log(p) for p in row] for row in ((0.7, 0.2, 0.1), (0.1, 0.6, 0.3), (0.2, 0.2, 0.6))]
 JOINT = [[0.3, 0.1, 0.1], [0.05, 0.2, 0.0], [0.1, 0.05, 0.1]]
 CORNERS = [[1.4142, 0.0], [-0.7071, 1.2247], [-0.7071, -1.2247]]        # all √2 long
-AR = dlm.HiddenMarkov.markov(3, 4, seed=1, sharp=1.5)
-DENOISER = dlm.HiddenMarkov(AR.start, AR.trans, AR.emit, L=4, b=4)
+AR = exact.HiddenMarkov.markov(3, 4, seed=1, sharp=1.5)
+DENOISER = exact.HiddenMarkov(AR.start, AR.trans, AR.emit, L=4, b=4)
 
 
 # ---- 1_one_flag

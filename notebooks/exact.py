@@ -1,10 +1,11 @@
-"""What the notebooks add up on small sources: everything that can happen, so that nothing is drawn.
+"""Sources that know all, and sums over everything that can happen, so that nothing is drawn.
 
-`bound_by_counts` and its neighbours add up the loss and what it bounds (notebook 1). `Sums` has all
-states of a small source. It adds up what `dlm.sample` writes in each order (notebook 2), and the
-best student that each state can have (notebooks 4 and 5). `leave_one_out` and `averaged` are
-targets that an exact source can give, and `TrueDenoiser` is what it says of noisy letters (notebook
-3).
+`HiddenMarkov` is a source whose every conditional is exact: tests and notebooks draw from it and
+ask it. `bound_by_counts` and its neighbours add up the loss and what it bounds (notebook 1). `Sums`
+has all states of a small source. It adds up what `dlm.sample` writes in each order (notebook 2),
+and the best student that each state can have (notebooks 4 and 5). `leave_one_out` and `averaged`
+are targets that an exact source can give, and `TrueDenoiser` is what it says of noisy letters
+(notebook 3).
 
 Shapes: S states, T texts, L letters of a text, V letters to choose from.
 """
@@ -12,6 +13,8 @@ import itertools
 import math
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 import dlm
 
@@ -20,6 +23,127 @@ def every(V, L):
     """All texts of L letters, in alphabetical order: (V ** L, L)."""
     letters = torch.arange(V)
     return torch.cartesian_prod(*[letters] * L).view(-1, L)
+
+
+# --------------------------------------------------------------------------------------------------
+# Exact sources: hidden Markov chains that answer the same calls as a `dlm.Transformer`. The tests
+# check everything with them.
+
+class HiddenMarkov(nn.Module):
+    """p(s_0) = start, p(s_{i+1} | s_i) = trans, p(x_i | s_i) = emit: every conditional is exact.
+
+    source(x, z) -> log p(x_i | clean blocks left, visible tokens of the own block) (B, L, V), by
+    forward-backward: the true AR model at b = 1, the true denoiser at b = L. So it stands in as
+    teacher, student or judge, and tells what each should learn; set its attribute b.
+    """
+
+    def __init__(self, start, trans, emit, L, b=1):
+        super().__init__()
+        self.start = torch.as_tensor(start, dtype=torch.float64)                # (S,)
+        self.trans = torch.as_tensor(trans, dtype=torch.float64)                # (S, S)
+        self.emit = torch.as_tensor(emit, dtype=torch.float64)                  # (S, V)
+        self.V = self.emit.size(1)
+        self.L = L
+        self.b = b
+        one_hot_or_zero = torch.eye(self.V + 1).double()[:, :-1]  # [MASK] says nothing
+        self.embedding = nn.Embedding.from_pretrained(one_hot_or_zero)
+
+    @staticmethod
+    def markov(V, L, seed=0, sharp=2.0):
+        """An ordinary Markov chain; the larger `sharp`, the more neighbours share."""
+        g = torch.Generator().manual_seed(seed)
+        logits = sharp * torch.randn(V + 1, V, generator=g, dtype=torch.float64)
+        rows = logits.softmax(-1)
+        return HiddenMarkov(rows[0], rows[1:], torch.eye(V), L)
+
+    @staticmethod
+    def branch(L, n=10):
+        """A uniform x_0; all the rest of the row is x_0, or all of it is x_0 + n/2 (mod n)."""
+        trans = torch.zeros(2 * n, 2 * n)              # states: the first letter, then the kept one
+        v = torch.arange(n)
+        trans[v, n + v] = 0.5
+        trans[v, n + (v + n // 2) % n] = 0.5
+        trans[n + v, n + v] = 1
+        start = torch.cat([torch.ones(n) / n, torch.zeros(n)])
+        return HiddenMarkov(start, trans, torch.eye(n).repeat(2, 1), L)
+
+    def forward(self, x, z):
+        L = x.size(1)
+        clean, _ = self.filter(self.embedding(x), self.before(x))               # p(s_i | x_<i)
+        visible = (z < self.V)[..., None]
+        seen = torch.where(visible, self.embedding(z) @ self.emit.T, 1.0)  # p(z_i | s_i)  (B, L, S)
+        right = torch.ones_like(clean)  # p(visible tokens right of i in the block | s_i)
+        for i in range(L - 2, -1, -1):
+            if (i + 1) % self.b:
+                after = right[:, i + 1] * seen[:, i + 1]
+                right[:, i] = scaled(after @ self.trans.T)
+        said = []
+        for i in range(L):
+            if i % self.b == 0:
+                state = clean[:, i]
+            else:
+                state = scaled((state * seen[:, i - 1]) @ self.trans)
+            said.append((state * right[:, i]) @ self.emit)
+        return normalised(torch.stack(said, 1)).log()
+
+    def before(self, x):
+        return self.start.expand(len(x), -1)                                    # (B, S)
+
+    def filter(self, e, state):
+        """Tokens e (B, T, V) behind a state (B, S) -> p(s) before each (B, T, S), and last."""
+        states = []
+        for i in range(e.size(1)):
+            states.append(state)
+            state = scaled((state * (e[:, i] @ self.emit.T)) @ self.trans)
+        return torch.stack(states, 1), state
+
+    def decode(self, x, z, start, stop, wanted, cache):
+        return self(x, z)[:, start:stop][wanted], None
+
+    def score_behind(self, x, e, b):
+        L = x.size(1)
+        states, _ = self.filter(self.embedding(x), self.before(x))
+        at_block_starts = states[:, ::b].flatten(0, 1)
+        y = F.pad(e, (0, 0, 0, -L % b)).view(-1, b, self.V)
+        states, _ = self.filter(y, at_block_starts)
+        p = normalised(states @ self.emit).view(len(x), -1, self.V)
+        return p[:, :L].log()
+
+    def prefill(self, x):
+        states, _ = self.filter(self.embedding(x), self.before(x))
+        return normalised(states @ self.emit).log(), states
+
+    def score_continuations(self, e, start, states):
+        B, n, G, W, V = e.shape
+        state = states[:, start - 1, None].expand(-1, -1, G, -1).flatten(0, 2)
+        states, last = self.filter(e.flatten(0, 2), state)
+        after = torch.cat([states[:, 1:], last[:, None]], 1)
+        return normalised(after @ self.emit).log().view(e.shape)
+
+    def log_prob(self, x):
+        """Exact log-likelihood of whole texts x (B, L): (B,), nats."""
+        logp, _ = self.prefill(x)
+        return dlm.of_tokens(logp, x).sum(1)
+
+    def draw(self, B, generator=None):
+        """B texts from the source: (B, L)."""
+        state = torch.multinomial(self.start.expand(B, -1), 1, generator=generator)[:, 0]
+        x = []
+        for _ in range(self.L):
+            x.append(torch.multinomial(self.emit[state], 1, generator=generator)[:, 0])
+            state = torch.multinomial(self.trans[state], 1, generator=generator)[:, 0]
+        return torch.stack(x, 1)
+
+
+def scaled(p):
+    """Sums to 1; where all is 0 it stays 0."""
+    return p / p.sum(-1, keepdim=True).clamp(min=1e-300)
+
+
+def normalised(p):
+    """Sums to 1. Impossible evidence (all 0) gives the uniform one."""
+    possible = p.sum(-1, keepdim=True) > 0
+    return torch.where(possible, scaled(p), 1 / p.size(-1))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import dlm
-from dlm import CLEAN, Config, Continuous, HiddenMarkov, Noisy, Transformer, rates
+from dlm import CLEAN, Config, Continuous, Noisy, Transformer, rates
+from exact import HiddenMarkov
 from test_scripts import ONE, TCS, TEXT, TRAIN, call, home, metrics, refused, texts, world  # noqa: F401
 from test_scripts import end, same, stop_at_7
 
@@ -233,7 +234,7 @@ def test_a_student_starts_as_its_teacher():
 
 def test_noise_levels_are_gumbel_quantiles():
     m = model()
-    mu, beta = m.noise
+    mu, beta = m.gumbel
     u = torch.tensor([0.1, 0.5, 0.9]).double()
     assert_close((-(-(m.levels(u) - mu) / beta).exp()).exp(), u)
 

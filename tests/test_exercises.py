@@ -5,18 +5,15 @@ import itertools
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import checks
+import dlm
+
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
-sys.path.insert(0, str(NOTEBOOKS))
-
-import checks  # noqa: E402
-import dlm  # noqa: E402
-
 PATHS = sorted((NOTEBOOKS / "solutions").glob("[1-9]*.ipynb"))
 CHECKS = {name: check for name, check in vars(checks).items() if name.startswith("check_")}
 

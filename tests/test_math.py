@@ -21,7 +21,8 @@ from torch.testing import assert_close
 import dlm
 import sample
 import train_teacher
-from dlm import Config, HiddenMarkov, Transformer
+from dlm import Config, Transformer
+from exact import HiddenMarkov
 
 V = 3
 L = 4
@@ -549,7 +550,7 @@ def test_tokens_come_from_the_left_unless_told():
     noise = torch.rand(50, L, 2, dtype=torch.float64)
 
     def written(**way):
-        return dlm.generate(model, 50, noise=noise, **way)
+        return dlm.generate(model, 50, uniforms=noise, **way)
 
     assert torch.equal(written(), written(order="left"))
     assert torch.equal(written(steps=2), written(steps=2, order="left"))
@@ -616,9 +617,9 @@ def test_a_row_is_the_same_alone_and_among_others(make, order, b):
     model = make(b)
     for way in ({"steps": 2}, {"steps": 7}, {"threshold": 0.6},
                 {"steps": 2, "temperature": 0.7, "top_k": 2, "top_p": 0.8}):
-        *_, together = dlm.sample(model, given, order=order, noise=noise, **way)
+        *_, together = dlm.sample(model, given, order=order, uniforms=noise, **way)
         for row, its_noise, text in zip(given.split(1), noise.split(1), together):
-            *_, alone = dlm.sample(model, row, order=order, noise=its_noise, **way)
+            *_, alone = dlm.sample(model, row, order=order, uniforms=its_noise, **way)
             assert torch.equal(alone[0], text)
         assert (together < MASK).all()
         assert torch.equal(together.where(given < MASK, MASK), given)
@@ -664,12 +665,12 @@ def test_long_texts_are_written_in_windows(b):
     """Each window of a context sees the last half of the one before, and nothing else."""
     model = random_model(b)
     noise = torch.rand(200, 9, 2, dtype=torch.float64)
-    *_, x = dlm.sample(model, torch.full((200, 9), MASK), noise=noise)
+    *_, x = dlm.sample(model, torch.full((200, 9), MASK), uniforms=noise)
     for start in (0, 2, 4, 6):
         window = slice(start, start + L)
         z = x[:, window].clone()
         z[:, 2 if start else 0:] = MASK
-        *_, again = dlm.sample(model, z, noise=noise[:, window])
+        *_, again = dlm.sample(model, z, uniforms=noise[:, window])
         assert torch.equal(again, x[:, window])
 
 
@@ -763,7 +764,7 @@ def test_a_threshold_lets_a_step_reveal_more():
     given = torch.where(torch.rand(20, 16) < 0.3, torch.randint(V, (20, 16)), MASK)
 
     def after_one(**way):
-        _, state, *_ = dlm.sample(model, given, 4, noise=noise, **way)
+        _, state, *_ = dlm.sample(model, given, 4, uniforms=noise, **way)
         return state < MASK
 
     sure = model(given, given).amax(-1).exp() >= 0.9
@@ -1330,11 +1331,11 @@ def test_blocks_at_once_are_blocks_one_by_one(order):
     noise = torch.rand(50, 16, 2, dtype=torch.float64)
     behind_x = dlm.BlocksAtOnce(model, x)
     hidden = torch.full((200, 4), MASK)
-    at_once = list(dlm.sample(behind_x, hidden, 2, order, noise=noise.view(200, 4, 2)))
+    at_once = list(dlm.sample(behind_x, hidden, 2, order, uniforms=noise.view(200, 4, 2)))
     at_once = torch.stack(at_once).view(3, 50, 16)
     for number, block in enumerate(blocks(16, 4)):
         z = torch.where(torch.arange(16) < block.start, x, MASK)
-        alone = torch.stack(list(dlm.sample(model, z, 2, order, noise=noise)))
+        alone = torch.stack(list(dlm.sample(model, z, 2, order, uniforms=noise)))
         its_steps = alone[2 * number:2 * number + 3]
         assert torch.equal(its_steps[:, :, block], at_once[:, :, block])
 
@@ -1480,7 +1481,7 @@ def test_rounding_decides_nothing(order):
     model = random_model(8, L=8)
     noise = torch.rand(200, 8, 2)
     start = torch.full((200, 8), MASK)
-    *_, x = dlm.sample(model, start, 4, order, noise=noise)
+    *_, x = dlm.sample(model, start, 4, order, uniforms=noise)
     decode = model.decode
 
     def rounded(*asked):
@@ -1488,7 +1489,7 @@ def test_rounding_decides_nothing(order):
         return logp + 1e-7 * torch.randn_like(logp), cache
 
     model.decode = rounded
-    *_, again = dlm.sample(model, start, 4, order, noise=noise)
+    *_, again = dlm.sample(model, start, 4, order, uniforms=noise)
     assert torch.equal(again, x)
 
 
@@ -1556,8 +1557,8 @@ def test_calls_are_those_that_reveal_something():
     model = random_model(4, L=16, dtype=torch.float32)
     for way in ({"threshold": 0.5}, {"steps": 8, "order": "ancestral"}, {"steps": 2}):
         noise = torch.rand(6, 16, 2)
-        row, _ = dlm.write_at_cost(model, 6, noise=noise, **way)
+        row, _ = dlm.write_at_cost(model, 6, uniforms=noise, **way)
         with dlm.counting(model) as count:
             for its_noise in noise.split(1):
-                dlm.generate(model, 1, noise=its_noise, **way)
+                dlm.generate(model, 1, uniforms=its_noise, **way)
         assert row["calls"] == count["calls"] / 6

@@ -13,12 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import dlm
+import puzzles
+from exact import HiddenMarkov
+
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
-sys.path.insert(0, str(NOTEBOOKS))
-
-import dlm  # noqa: E402
-import puzzles  # noqa: E402
-
 HOLES = NOTEBOOKS / "0_puzzles.ipynb"
 SOLVED = NOTEBOOKS / "solutions" / "0_puzzles.ipynb"
 NAMES = list(puzzles.PUZZLES)
@@ -172,7 +171,7 @@ def test_the_clock_is_that_of_sdtt(monkeypatch):
 
     monkeypatch.setattr(dlm, "ancestral", note)
     monkeypatch.setattr(torch, "rand", lambda shape, device: torch.ones(shape))
-    source = dlm.HiddenMarkov.markov(2, 3)
+    source = HiddenMarkov.markov(2, 3)
     z = torch.full((1, 3), 2)
     dlm.sdtt(source, z, z, torch.full((1, 3), 0.5), 0.2, k=4)
     assert torch.allclose(torch.stack(seen), answer_of("clock")(0.5, 0.2, 4))
@@ -186,7 +185,7 @@ def test_the_kls_are_the_divergences():
 
 def test_the_scores_are_those_of_tcs():
     V, K = 4, 2
-    source = dlm.HiddenMarkov.markov(V, 2, seed=3)
+    source = HiddenMarkov.markov(V, 2, seed=3)
     texts = torch.cartesian_prod(torch.arange(V), torch.arange(V))
     joint = source.log_prob(texts).exp().view(V, V)
     exact = dlm.concrete_score(source, texts, b=2, estimator="exact").exp()

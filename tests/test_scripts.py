@@ -25,6 +25,7 @@ import distill
 import dlm
 import sample
 import train_teacher
+from exact import HiddenMarkov
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"train": train_teacher, "distill": distill, "sample": sample}
@@ -410,7 +411,7 @@ def test_sdtt_goes_on_where_it_was_interrupted(call, monkeypatch):
     ("--student runs/other", "--student"), (f"--student {TCS} --fewest 4", "--steps"),
     (f"--student {TCS} --steps 2 --fewest 2", "--steps"),
     (f"--student {TCS} --k 8", "--steps"), (f"--student {TCS} --k 1", "--k"),
-    (f"--target onehot --student {TCS}", "--states sampled --target"),
+    (f"--target onehot --student {TCS}", "--states on_the_way --target"),
     (f"--student {TCS} --states data", "--states"),
     (f"--student {TCS} --states teacher", "--states"),
     (f"--student {TCS} --states rollout", "--states")])
@@ -772,7 +773,7 @@ def test_correct_finds_a_planted_error():
     """A row repeats its first letter, so one wrong letter is doubted without end, and mended."""
     keep = torch.eye(5)
     emit = 0.99 * torch.eye(5) + 0.002 * torch.ones(5, 5)
-    source = dlm.HiddenMarkov(torch.ones(5) / 5, keep, emit, 8, b=8)
+    source = HiddenMarkov(torch.ones(5) / 5, keep, emit, 8, b=8)
     x = torch.full((8,), 3)
     assert list(sample.correct(source, x)) == []
     wrong = x.clone()

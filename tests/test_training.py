@@ -9,6 +9,7 @@ from torch.testing import assert_close
 import dlm
 import sample
 import train_teacher
+from exact import HiddenMarkov
 from train_teacher import Tokenizer, Trainer
 
 V = 5
@@ -144,7 +145,7 @@ def test_the_gap_is_to_what_the_teacher_says_of_the_rollout(monkeypatch):
 def test_last_words_are_the_likeliest_not_drawn():
     """A source whose words are a three times of four, else b: greedily a is always found."""
     trans = torch.tensor([[0, 0, 1], [0, 0, 1], [0.75, 0.25, 0]])
-    source = dlm.HiddenMarkov(torch.tensor([0, 0, 1.0]), trans, torch.eye(3), L)
+    source = HiddenMarkov(torch.tensor([0, 0, 1.0]), trans, torch.eye(3), L)
     tokenizer = Tokenizer("char", "ab ")
     ends = [" a b a"[-2 * n:] for n in (1, 2, 3)] * 20
     assert sample.last_word_accuracy(source, ends, tokenizer) == 1
