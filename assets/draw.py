@@ -142,24 +142,6 @@ def main_job(kept):
     return markdown(["who writes", "calls a text", *columns, "seconds, 1 text", "32 texts"], rows)
 
 
-ON_PROSE = {"untrained": "untrained, blocks of four", "TCS": "TCS, blocks of four",
-            "OPDLM": "OPDLM, blocks of four", "plain, one block": "`plain`, one block of 64",
-            "prefix, one block": "`prefix`, one block of 64"}
-
-
-def prose(kept):
-    """The main job on prose by tokens a step: what text costs a model, and its texts the judge."""
-    ar = chosen(kept["table"], what="AR teacher")[0]
-    rows = [["AR teacher", f"{ar['nll']:.2f}", "", "", f"{ar['judge_nll']:.2f}", "", ""]]
-    for name, label in ON_PROSE.items():
-        by_calls = {r["calls"]: r for r in kept["table"] + kept["one block"]
-                    if r["what"].startswith(f"{name}, order left steps")}
-        rows.append([label, *(f"{by_calls[calls][key]:.2f}"
-                              for key in ("nll", "judge_nll") for calls in (64, 32, 16))])
-    head = ["tokens a step:", "text costs it: 1", "2", "4", "its texts cost a judge: 1", "2", "4"]
-    return markdown(head, rows)
-
-
 def orders(few):
     """A denoiser of the whole context: quality by order and steps."""
     names = ("ancestral", "confidence", "spread")
@@ -507,25 +489,8 @@ def calls_of(block):
     return ("48", "24", "12") if block > 1 else ("48",)
 
 
-def smollm2(kept):
-    """SmolLM2 in blocks of sixteen: what text costs it, and what it writes, by calls."""
-    of_one_text = chosen(kept["sixteen"]["seconds"], batch=1)
-    seconds = {(r["who"], r["calls"]): r["seconds"] for r in of_one_text}
-    rows = []
-    for (who, block), label in SMOLLM2.items():
-        runs = chosen(kept["sixteen"]["models"], who=who, block=block)
-        for calls in calls_of(block)[:2]:
-            text = of_seeds(runs, "text", calls, "per_char")
-            written = of_seeds(runs, "written", calls, "tuned_nll")
-            kind = "ar" if block == 1 else "student"
-            rows.append([label, calls, text, written, f"{seconds[kind, calls]:.1f}"])
-    head = ["", "calls", "text costs it, nats a character", "its texts cost a judge, nats a token",
-            "seconds"]
-    return markdown(head, rows)
-
-
 def sixteen(kept):
-    """The same with more methods and measures."""
+    """SmolLM2 in blocks of sixteen: what text costs it, and what it writes, by calls."""
     rows = []
     for (who, block), label in {**SMOLLM2, **MORE_OF_SMOLLM2}.items():
         runs = chosen(kept["sixteen"]["models"], who=who, block=block)
@@ -743,7 +708,6 @@ PICTURES = {"students": lambda: student_curves(read("students")),
             "frontier": lambda: frontier(read("few-steps-1024")),
             "levels": lambda: loss_by_noise(read("continuous"))}
 TABLES = {"main-job": lambda: main_job(read("main-job")),
-          "prose": lambda: prose(read("main-job-docs")),
           "docs-job": lambda: main_job(read("main-job-docs")),
           "slots": lambda: slot_table(read("students")),
           "students": lambda: student_table(read("students")),
@@ -751,7 +715,6 @@ TABLES = {"main-job": lambda: main_job(read("main-job")),
           "blocks": lambda: block_table(read("students")),
           "long": lambda: long_table(read("students")),
           "pretrained": lambda: pretrained_table(read("pretrained")),
-          "smollm2": lambda: smollm2(read("pretrained")),
           "sixteen": lambda: sixteen(read("pretrained")),
           "by-left": lambda: by_left(read("students")),
           "noise-docs": lambda: noise_table(read("continuous"), "docs"),
