@@ -352,13 +352,13 @@ def by_updates(ax, kept, data, way, title):
 
 def student_curves(kept):
     """What each method keeps of its teacher, and how well two tokens a step go."""
-    fig, axes = plt.subplots(2, 2, figsize=(9.5, 7))
+    fig, axes = plt.subplots(2, 2, figsize=(9.5, 7), layout="constrained")
     for ax, (data, way) in zip(axes.flat, itertools.product(("docs", "stories"), (ONE, TWO))):
         number = "one token a step, from the left" if way == ONE else "two tokens a step"
         by_updates(ax, kept, data, way, f"{data}, {number}")
     axes[0, 0].set_ylim(2.65, 3.65)                          # above it one's own slot goes on
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=7, fontsize=8)
-    fig.tight_layout(rect=(0, 0.04, 1, 1))
+    lines = axes[0, 0].get_legend_handles_labels()
+    fig.legend(*lines, loc="outside lower center", ncols=7, fontsize=8)
     return fig
 
 
