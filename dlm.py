@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: the option, and the way out."""
+    """Something the user can fix. The message is one line: the option, and the way out."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ class Config:
 
 def clean_slots(L, b):
     """How many slots carry clean tokens in one pass over a text of L tokens (see `slots`)."""
-    return L if b == 1 else (L - 1) // b * b
+    return L if b == 1 else (L - 1) // b * b                   # of all blocks but the last
 
 
 def slots(L, b, device=None, start=0):
@@ -68,7 +68,7 @@ def slots(L, b, device=None, start=0):
     L = 8, b = 4:   clean  [MASK] x0 x1 x2      noisy  [MASK] z0 z1 z2 | x3 z4 z5 z6
 
     The matrix `own` starts at zero. So a student with the weights of an AR model starts as that
-    model, but that it also looks to the right in its block ("shift", DiffuLLaMA, 2410.17891).
+    model, except that it also looks to the right in its block ("shift", DiffuLLaMA, 2410.17891).
     With b = 1 every slot begins a block: a noisy one would hold and see what the clean one does,
     so there are none. With b = L no block lies left of another, so no clean slot is needed.
     """
@@ -79,16 +79,17 @@ def slots(L, b, device=None, start=0):
 
 
 def attends(position_q, clean_q, position_k, clean_k, b):
-    """The attention mask (Q, K): which slot may look at which. b is what a diffusion LM adds.
+    """The attention mask (Q, K): which slot may look at which.
 
     A slot sees the clean slots before its block, and its block in its own stream. In the clean
-    stream a block is one token, so that stream is causal.
+    stream a block is one token, so that stream is causal. (The clean slots before a block hold all
+    earlier tokens but the last one, which stands in the block's first noisy slot.)
     """
     length = torch.where(clean_q, 1, b)[:, None]
     begin = position_q[:, None] // length * length         # where the slot's own block begins
     earlier_clean = clean_k & (position_k < begin)
-    other_stream = clean_q[:, None] ^ clean_k              # torch.compile fails on `==` here
-    own_block = ~other_stream & (position_k >= begin) & (position_k < begin + length)
+    same_stream = ~(clean_q[:, None] ^ clean_k)            # torch.compile fails on `==` here
+    own_block = same_stream & (position_k >= begin) & (position_k < begin + length)
     return earlier_clean | own_block
 
 
@@ -153,17 +154,18 @@ class Layer(nn.Module):
         if wanted is not None:
             h, y = h[wanted], y[wanted]                    # (number wanted, d)
         h = h + F.dropout(self.proj(y), self.dropout, self.training)
-        y = self.down(self.up(norm(h)).relu_().square())
+        y = self.down(self.up(norm(h)).relu_().square())     # ReLU² (2109.08668)
         return h + F.dropout(y, self.dropout, self.training)
 
 
-def behind(text, e, b):
-    """What slots hold (B, L, d) where each block of embeddings e (B, L, d) stands behind the text.
+def behind(ar_slots, e, b):
+    """What slots hold where each block of embeddings e stands behind the text. All are (B, L, d).
 
-    Slot i holds e_{i-1} or, where i begins a block of b, what the AR model's slot holds: text_i.
+    Slot i holds e_{i-1} or, where i begins a block, the text's own x_{i-1}: what the AR model's
+    slot i holds.
     """
     begins_block = torch.arange(e.size(1), device=e.device) % b == 0
-    return torch.where(begins_block[:, None], text, F.pad(e[:, :-1], (0, 0, 1, 0)))
+    return torch.where(begins_block[:, None], ar_slots, F.pad(e[:, :-1], (0, 0, 1, 0)))
 
 
 class Transformer(nn.Module):
@@ -231,7 +233,7 @@ class Transformer(nn.Module):
         Fills the cache. last, wanted: which slots the last layer computes, as in Layer.
         """
         h = norm(e)
-        rope = self.rope[:, position].view(2, -1, 1, e.size(1), self.rope.size(-1))
+        rope = self.rope[:, position].view(2, -1, 1, e.size(1), self.rope.size(-1))  # as in rotate
         done = cache.done if cache else 0
         for i, layer in enumerate(self.layers[:-1]):
             h = layer(h, rope, mask, cache and cache.layers[i], done)
@@ -248,12 +250,12 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def decode(self, x, z, start, stop, wanted, cache=None):
-        """For the sampler: log p of the wanted ones of tokens start..stop-1 (n, V), and the cache.
+        """For the sampler: model(x, z)[:, start:stop][wanted], which is (n, V), and the cache.
 
-        x (B, L): the finished text before each block; z (B, L): the state of one block or several;
-        wanted (B, stop - start). The n answers come row after row. They equal those of model(x, z),
-        but clean slots run once. Cache None: an empty one, or none where there are no clean slots.
-        Before the block that is written x and z are the same, so `fill` gives one for both.
+        Only quicker, since clean slots run once. x (B, L): the finished text before each block; z
+        (B, L): the state of one block or several; wanted (B, stop - start), with n times True.
+        cache: what the last call returned, None in the first; where b >= L it stays None, since
+        there are no clean slots.
 
         The slots of a call are the clean ones that are not in the cache yet, then the noisy ones:
 
@@ -265,7 +267,7 @@ class Transformer(nn.Module):
         Only clean slots stay in the cache: the next call overwrites what lies behind them.
         """
         b = self.b
-        if b >= x.size(1):                                 # no cache, so idle rows may go
+        if b >= x.size(1):                                 # no cache, so rows may be left out
             rows = wanted.any(1)
             x, z, wanted = x[rows], z[rows], wanted[rows]
         n_clean = clean_slots(stop, b)
@@ -273,8 +275,8 @@ class Transformer(nn.Module):
         if cache is None and b < x.size(1):
             cache = self.empty_cache(len(x), max(x.size(1), len(position)))
         done = cache.done if cache else 0
-        mask = None                                        # one block, and all it sees is cached
-        if done < start or stop - start > b:               # there are new clean slots, or blocks
+        mask = None                                        # one block sees itself and the cache
+        if done < start or stop - start > b:               # new clean slots, or several blocks
             mask = attends(position[done:], is_clean[done:], position, is_clean, b)
         e = self.embedding(self.shift(x)[:, done:n_clean])
         if b > 1:
@@ -289,18 +291,19 @@ class Transformer(nn.Module):
     def score_behind(self, x, e, b):
         """log p(y_i | x before i's block, y_<i in it) (B, L, V): each block of y stands behind x.
 
-        e (B, L, d) are the embeddings of y, which `suffix_gradient` differentiates by. b: the
-        student's. With y = x this is model(x, x).
+        With y = x this is model(x, x). Else it is, for each block, the AR model's answers to a text
+        that is x before the block and y in it, all in one call. e (B, L, d) are the embeddings of
+        y, which `suffix_gradient` differentiates by. b: the student's.
         """
         L = x.size(1)
         n_clean = clean_slots(L, b)                        # of x; the last block needs none
-        text = self.embedding(self.shift(x))
+        ar_slots = self.embedding(self.shift(x))
         every = torch.arange(L, device=x.device)
         position = torch.cat([every[:n_clean], every])
         is_x = torch.arange(len(position), device=x.device) < n_clean
         causal = position <= position[:, None]
-        mask = attends(position, is_x, position, is_x, b) & causal
-        e = torch.cat([text[:, :n_clean], behind(text, e, b)], dim=1)
+        mask = attends(position, is_x, position, is_x, b) & causal       # in the blocks, too
+        e = torch.cat([ar_slots[:, :n_clean], behind(ar_slots, e, b)], dim=1)
         return self.log_probs(self.run(e, position, mask, last=L))
 
     def prefill(self, x):
@@ -316,11 +319,12 @@ class Transformer(nn.Module):
         """log p of G other continuations, each W tokens long, of each text cut at n places.
 
         e (B, n, G, W, d): embeddings of tokens start-1 .. start+W-2, which enter the slots start ..
-        start+W-1; start (n,). -> log p(x_{start+w} | ..) (B, n, G, W, V). Row text * n + place of
-        the batch holds the G continuations of a place side by side: they share its cached prefix
-        and do not see each other. What is said of positions past the context means nothing.
+        start+W-1; start (n,). -> log p(x_{start+w} | ..) (B, n, G, W, V): what model would say of
+        each text if these tokens stood there. Row text * n + place of the batch holds the G
+        continuations of a place side by side: they share its cached prefix and do not see each
+        other. Answers for positions past the context mean nothing.
 
-        G = W = 2, start 5:   cached slots 0 .. 4, seen by all | a_5 a_6 | b_5 b_6, each by its own
+        G = W = 2, start 5:   cached slots 0 .. 4 | slots 5 6 of the one | slots 5 6 of the other
         """
         B, n, G, W, d = e.shape
         w = torch.arange(W, device=e.device)
@@ -356,21 +360,23 @@ def cut_blocks(rows, b, fill=0):
     return F.pad(rows, (0, -rows.size(1) % b), value=fill).view(len(rows), -1, b)
 
 
-def hide(x, b, mask):
+def hide(x, b, mask_id):
     """Masked data: in each block hide a random m-subset, m uniform on 1..block length. -> z (B, L)
 
-    MDLM's bound (2406.07524, 2406.03736) is ∫ 1/t E_z|t Σ_hidden -log p(x_i | z) dt, where each
-    token is hidden with probability t. A set of m tokens of n then has the weight ∫ t^(m-1)
-    (1-t)^(n-m) dt = 1 / (m C(n, m)). So we may as well draw m uniformly, then the set, and take
-    the mean over its m tokens, times n: `token_weights`. The m are stratified over the batch. At b
-    = 1 everything is hidden, and the loss is the AR model's.
+    MDLM's bound (2406.07524, 2406.03736) is ∫ 1/t E[ Σ_hidden -log p(x_i | z) ] dt, where each
+    token is hidden with probability t. A set of m tokens of n is hidden with probability
+    t^m (1-t)^(n-m), so it has the weight ∫ t^(m-1) (1-t)^(n-m) dt = 1 / (m C(n, m)). So we may as
+    well draw m uniformly, then the set, and take the mean over its m tokens, times n:
+    `token_weights`. The m are stratified over the batch. At b = 1 everything is hidden, and the
+    loss is the AR model's.
     """
     size = cut_blocks(torch.ones_like(x), b).sum(-1)                            # (B, n)
     m = stratified_integers(*size.shape, size, x.device) + 1
-    u = cut_blocks(torch.rand(x.shape, device=x.device), b, fill=2.0)           # (B, n, b)
+    u = torch.rand(x.shape, device=x.device)
+    u = cut_blocks(u, b, fill=2.0)              # (B, n, b), what is filled up comes last
     rank_in_block = u.argsort(-1).argsort(-1)   # of each random number, the lowest first
     hidden = (rank_in_block < m[..., None]).flatten(1)[:, :x.size(1)]
-    return torch.where(hidden, mask, x)
+    return torch.where(hidden, mask_id, x)
 
 
 def token_weights(hidden, b):
@@ -410,10 +416,12 @@ def loss(student, x, z, target, kind="forward"):
     """The one loss: mean over texts of Σ_i w_i D(target_i || p_student(x_i | z)), nats per token.
 
     x (B, L): the text left of each block; z (B, L): the state; target (B, L, V). With a one-hot
-    target D is -log p_student(x_i | z), and with z = hide(x, b) the loss estimates without bias
-    the bound on the negative log-likelihood; at b = 1 it is the AR model's exact one.
+    target D is -log p_student(x_i | z), and with z = hide(x, b, V) the loss estimates without bias
+    the bound on the negative log-likelihood. At b = 1 it is an AR model's mean cross-entropy,
+    -1/L Σ_i log p(x_i | x_<i).
     """
     hidden = hidden_in(z, student.V)                                          # (B, L)
+    # Visible tokens are left out, although their weight is 0: there D may be infinite.
     w = token_weights(hidden, student.b)[hidden]                              # (number hidden,)
     return (w * divergence(target, student(x, z), kind)[hidden]).sum() / len(x)
 
@@ -450,8 +458,8 @@ def bound(model, x, repeats=1, seed=0, neighbours=1):
 
     It is exact at b = 1. Of a `Continuous` model it is no bound, but the loss at its noise levels.
     Each text is hidden `repeats` times; the seed makes these states the same for all models with
-    this b. neighbours: so many texts in a row are cut from one piece and alike, so the error is
-    computed over such pieces.
+    this b. neighbours: so many texts in a row are cut from one longer text and are alike, so the
+    error is computed over such groups of them.
     """
     each = torch.zeros(len(x), device=x.device, dtype=model.embedding.weight.dtype)
     with seeded(seed), evaluating(model):
@@ -459,9 +467,9 @@ def bound(model, x, repeats=1, seed=0, neighbours=1):
             for _ in range(repeats):
                 z = states_of(model, x[rows])
                 each[rows] += text_bound(model, x[rows], z) / repeats
-    alike = max(1, min(neighbours, len(each) // 2))                  # two pieces at the least
-    pieces = torch.stack([piece.mean() for piece in each.split(alike)])
-    return each.mean().item(), (pieces.std() / len(pieces) ** 0.5).item()
+    alike = max(1, min(neighbours, len(each) // 2))                  # two groups at the least
+    groups = torch.stack([group.mean() for group in each.split(alike)])
+    return each.mean().item(), (groups.std() / len(groups) ** 0.5).item()
 
 
 def text_bound(model, x, z):
@@ -484,7 +492,8 @@ def at_once(model):
 # --------------------------------------------------------------------------------------------------
 # TCS: the teacher's target concrete score (OpenReview xfw92pDy2u; TCSM, 2504.16431)
 #
-# The score of changing x_i into v, normalised over v, is the leave-one-out conditional
+# The concrete score of v at i is p_T(x with x_i = v) / p_T(x). Here x ends with i's block, since
+# the student sees no further. Normalised over v the score is
 #
 #     c_i(v) = p_T(v | x_<i, rest of i's block) ∝ p_T(v | x_<i) · p_T(rest of i's block | x_<i, v).
 
@@ -494,22 +503,28 @@ ESTIMATORS = ("exact", "topk", "grad+topk", "grad")
 def suffix_log_prob(teacher, x, cache, candidates, b):
     """log p_T(x_{i+1} .. end of i's block | x_<i, x_i = v), v in candidates (B, L, K) -> (B, L, K).
 
-    The loop takes one place of all blocks at a time, since their suffixes have one length W.
+    In plain words, with a call of the teacher for each i and k:
+
+        y = x, but y_i = v = candidates[:, i, k]
+        out[:, i, k] = Σ_{j = i+1 .. end of i's block} log p_T(y_j | y_<j)
+
+    Here a call takes the same place of many blocks, whose suffixes have one length W, and many
+    candidates side by side, all behind the cached text.
     """
     L = x.size(1)
     out = teacher.embedding.weight.new_zeros(candidates.shape)
     for place in range(min(b, L) - 1):
         W = min(b, L) - 1 - place
-        group = max(1, 64 // W)       # candidates in a row, where attention costs (group W)²
+        side_by_side = max(1, 64 // W)                # attention costs (side_by_side W)²
         # The same place of every block; 16 blocks at a time, to save memory.
         for i in torch.arange(place, L - 1, b, device=x.device).split(16):    # (n,)
             after = i[:, None] + 1 + torch.arange(W, device=x.device)         # (n, W)
             inside = (after < L)[:, None]             # of the last block, which may be shorter
             suffix = x[:, after.clamp(max=L - 1)]                             # (B, n, W)
             parts = []
-            for v in candidates[:, i].split(group, dim=-1):                   # (B, n, G)
-                said = continuation_log_prob(teacher, cache, i + 1, v, suffix)
-                parts.append(said.where(inside, 0).sum(-1))                   # (B, n, G)
+            for v in candidates[:, i].split(side_by_side, dim=-1):            # (B, n, G)
+                logp = continuation_log_prob(teacher, cache, i + 1, v, suffix)
+                parts.append(logp.where(inside, 0).sum(-1))                   # (B, n, G)
             out[:, i] = torch.cat(parts, dim=-1)
     return out
 
@@ -525,8 +540,8 @@ def continuation_log_prob(teacher, cache, start, v, suffix):
 def suffix_gradient(teacher, x, b):
     """∇_{e_i} log p_T(rest of i's block | x_<=i) for every i: (B, L, d). One forward, one backward.
 
-    Each block starts anew in a stream of its own, so nothing flows through earlier blocks or
-    through the prediction of a block's first token.
+    In `score_behind` e_i enters only slot i+1, if that is in i's block, and only later slots of the
+    block see it. So the gradient of the sum over all tokens is that of the rest of i's block.
     """
     with torch.enable_grad():
         e = teacher.embedding(x).detach().requires_grad_()
@@ -544,24 +559,25 @@ def concrete_score(teacher, x, b, estimator="topk", K=16):
     grad+topk  scores the K of the highest gradient score
     grad       the gradient score: log p_T(v | x_<i) + <∇_{e_i} log p_T(suffix), E_v - E_{x_i}>
 
-    Where x_i is not among the K candidates the result is one-hot x_i. Over x ~ p_T(x | z) that
-    happens with just the probability that the candidates lack. So for topk, whose candidates
-    depend on x_<i only, the mean is p_T(x_i | z) for every K.
+    Where x_i is not among the candidates C the result is one-hot x_i. Given the other tokens of a
+    text that the teacher wrote, x_i follows c_i. So it is in C with probability c_i(C), where the
+    result is c_i(v) / c_i(C): on average the result is c_i again, for every K, if C does not depend
+    on x_i. So it is for topk, where C depends on x_<i, but not for grad+topk.
     """
     V = teacher.V
-    prior, cache = teacher.prefill(x)                                           # log p_T(v | x_<i)
-    score = prior                                                               # (B, L, V)
+    prior, cache = teacher.prefill(x)                         # log p_T(v | x_<i)  (B, L, V)
+    ranking = prior
     if estimator in ("grad", "grad+topk"):
         E = teacher.embedding.weight[:V]
         g = suffix_gradient(teacher, x, b)                                      # (B, L, d)
-        score = prior + g @ E.T               # <g, -E_{x_i}> is the same for all v, so it may go
+        ranking = prior + g @ E.T             # <g, -E_{x_i}> is the same for all v, so it may go
     if estimator == "grad":
-        return log_normalised(score)
+        return log_normalised(ranking)
     if estimator == "exact":
         K = V
-    candidates = score.topk(min(K, V), dim=-1).indices                          # (B, L, K)
+    candidates = ranking.topk(min(K, V), dim=-1).indices                        # (B, L, K)
     joint = prior.gather(-1, candidates) + suffix_log_prob(teacher, x, cache, candidates, b)
-    log_c = torch.full_like(score, -math.inf).scatter(-1, candidates, log_normalised(joint))
+    log_c = torch.full_like(prior, -math.inf).scatter(-1, candidates, log_normalised(joint))
     text_itself = torch.where(F.one_hot(x, V).bool(), 0.0, -math.inf)
     missed = (candidates != x[..., None]).all(-1, keepdim=True)
     return torch.where(missed, text_itself, log_c)
@@ -595,17 +611,17 @@ def dense(v, c, V):
 # --------------------------------------------------------------------------------------------------
 # SDTT: self-distillation through time (2410.21035)
 
-def hide_at_step_times(x, b, mask, N):
+def hide_at_step_times(x, b, mask_id, N):
     """States that an N-step sampler meets: in each block every token is hidden with probability t.
 
-    t is a uniform one of 1/N, 2/N .. 1, stratified over the batch. x (B, L) -> z (B, L), and t (B,
-    L) of each token's block.
+    t is drawn uniformly from 1/N, 2/N .. 1, stratified over the batch. x (B, L) -> z (B, L), and
+    t (B, L) of each token's block.
     """
     B, L = x.shape
     n_blocks = -(-L // b)
     step = stratified_integers(B, n_blocks, N, x.device)
     t = ((step + 1) / N).repeat_interleave(b, dim=1)[:, :L]
-    return torch.where(torch.rand(B, L, device=x.device) < t, mask, x), t
+    return torch.where(torch.rand(B, L, device=x.device) < t, mask_id, x), t
 
 
 def ancestral(hidden, moment, elapsed):
@@ -620,22 +636,22 @@ def ancestral(hidden, moment, elapsed):
 
 
 @torch.no_grad()
-def sdtt(teacher, x, z, t, dt, k=2):
-    """Target of SDTT: what the teacher says during its next k ancestral steps from z. (B, L, V)
+def sdtt(earlier_self, x, z, t, dt, k=2):
+    """Target of SDTT: what the earlier self says during its next k ancestral steps. (B, L, V)
 
     A token's target is the distribution that it was drawn from or, where it stays hidden, that of
-    the last of the k calls. With k = 1 it is what the teacher says of z. x, z, t (B, L): the text,
-    the state, and the time of each token's block; dt: the size of a step.
+    the last of the k calls. With k = 1 it is what the earlier self says of z. x, z, t (B, L): the
+    text, the state, and the time of each token's block; dt: the size of a step.
     """
-    target = None
-    for step in range(k):
-        hidden = z == teacher.V
-        p = teacher(x, z).exp()
-        target = p if target is None else torch.where(hidden[..., None], p, target)
+    target = earlier_self(x, z).exp()
+    for step in range(k - 1):
         t_now = (t - step * dt).clamp(min=0)
-        revealed = ancestral(hidden, torch.rand(z.shape, device=z.device) * t_now, dt)
-        drawn = categorical(p, torch.rand(z.shape, device=z.device))
+        moment = torch.rand(z.shape, device=z.device) * t_now
+        revealed = ancestral(z == earlier_self.V, moment, dt)      # with probability dt / t_now
+        drawn = categorical(target, torch.rand(z.shape, device=z.device))
         z = torch.where(revealed, drawn, z)
+        hidden = (z == earlier_self.V)[..., None]
+        target = torch.where(hidden, earlier_self(x, z).exp(), target)
     return target
 
 
@@ -645,7 +661,8 @@ def sdtt(teacher, x, z, t, dt, k=2):
 class BlocksAtOnce:
     """Stands in for `model` in `sample`, so that all blocks of texts x (B, L) are written at once.
 
-    Row j of z (B n, b) is block j % n of text j // n, behind x's own earlier blocks; n = L / b.
+    Row j of z (B n, b) is block j % n of text j // n, behind x's own earlier blocks; n = L / b. So
+    a text has one block, which begins at 0, and a call of `decode` answers for all of them.
     """
 
     def __init__(self, model, x):
@@ -665,7 +682,7 @@ def rollout(model, x, steps=0, order="spread"):
     """States of OPDLM: what the model itself writes, and a state from the way there. -> y, z (B, L)
 
     y is written by `sample`: each block behind x's own earlier blocks, all blocks at once. z is y
-    with some tokens still hidden: in each block the state in which a random one of its steps began.
+    with some tokens still hidden: in each block the state before one of its steps, any of them.
     """
     B, L = x.shape
     b = model.b
@@ -689,7 +706,7 @@ def rollout(model, x, steps=0, order="spread"):
 # The sampler
 
 ORDERS = ("ancestral", "random", "confidence", "spread", "left")
-TIE = 0.01      # nats; chance may outweigh such a difference, so float32's error decides nothing
+TIE = 0.01      # nats of chance in each score: float32's error must not decide between equals
 
 
 def categorical(p, u):
@@ -736,21 +753,22 @@ def first(score, hidden, count):
 
 
 def first_of_each(score, hidden, count):
-    """Cuts each row's hidden tokens into `count` (B, 1) equal stretches, and takes the one of
-    highest score in each. (B, n)"""
-    number = (hidden.cumsum(1) - 1).clamp(min=0)             # of a hidden token among its row's
-    stretch = number * count // hidden.sum(1, keepdim=True).clamp(min=1)
-    place = rank(score, hidden)
-    lowest = torch.full_like(place, place.size(1)).scatter_reduce(1, stretch, place, "amin")
-    return hidden & (place == lowest.gather(1, stretch))
+    """Cuts each row's hidden tokens into `count` (B, 1) equal stretches (but for one token), and
+    takes the one of highest score in each. (B, n)"""
+    index = (hidden.cumsum(1) - 1).clamp(min=0)              # 0, 1, 2 .. along the hidden tokens
+    stretch = index * count // hidden.sum(1, keepdim=True).clamp(min=1)
+    place = rank(score, hidden)                              # visible ones come last
+    best = torch.full_like(place, place.size(1)).scatter_reduce(1, stretch, place, "amin")
+    return hidden & (place == best.gather(1, stretch))
 
 
 @torch.no_grad()
 def sample(model, z, steps=0, order=None, threshold=0.0, uniforms=None, **warping):
     """Fills the hidden tokens of z (B, T) block by block, and yields the state after each step.
 
-    A step reveals k tokens of a block, all drawn in parallel from their own marginals, as `warp`
-    makes them. A block takes `steps` steps; 0 means one token a step. Which k tokens:
+    A block takes `steps` steps; 0 means one token a step. A step reveals k of its tokens, hidden
+    tokens / steps left, rounded up. They are drawn in parallel, each from its own distribution, as
+    `warp` makes it. Which k tokens:
 
     left         the leftmost of each of k equal stretches. This is the default: tokens drawn
                  together do not know of each other, and here they stand as far apart as they can
@@ -762,11 +780,12 @@ def sample(model, z, steps=0, order=None, threshold=0.0, uniforms=None, **warpin
     Continuous students know `left` and `together`, where all tokens of a block lose their noise at
     once.
 
-    threshold: all that are at least so sure come as well, in every order but `ancestral`. Given
-    tokens never change; those right of a block are seen only if b = L. An AR model has blocks of
-    one token, so this is ordinary generation. Beyond the context the text goes on in windows that
-    see the last half context. uniforms (B, T, 2): random numbers to draw with, so that a row can
-    be had again (not of a continuous student, whose noise is normal).
+    threshold: all whose likeliest token has at least this probability, before `warp`, come as well
+    (but for `ancestral` and continuous students). Given tokens never change; those right of a block
+    are seen only if b = L. An AR model has blocks of one token, so this is ordinary generation.
+    Beyond the context the text goes on in windows, each of which begins with the last half context.
+    uniforms (B, T, 2): random numbers to draw with, so that a row can be reproduced (but not that
+    of a continuous student, whose noise is normal).
     """
     order = order or "left"
     if order not in orders_of(model):
@@ -775,7 +794,7 @@ def sample(model, z, steps=0, order=None, threshold=0.0, uniforms=None, **warpin
     z = z.clone()
     if uniforms is None:
         uniforms = torch.rand(*z.shape, 2, device=z.device)
-    overlap = L // 2 if 2 * b > L else L // 2 // b * b  # of windows: whole blocks, where one fits
+    overlap = L // 2 if 2 * b > L else L // 2 // b * b      # whole blocks, where one fits
     yield z.clone()
     for start in range(0, max(1, z.size(1) - overlap), L - overlap):
         window = slice(start, start + L)
@@ -802,6 +821,7 @@ def fill(model, z, uniforms, steps, order, threshold, warping):
         for step in range(schedule.N):
             may_come = schedule.may_come(step, block == model.V)              # (B, n)
             if may_come.any():                               # else the network need not run
+                # Left of the block z is the finished text. logp has a row for each that may come.
                 logp, cache = model.decode(z, z, start, stop, may_come, cache)
                 new = schedule.choose(step, may_come, logp)                   # (B, n)
                 p = warp(logp[new[may_come]], **warping)                      # (number new, V)
@@ -816,9 +836,9 @@ class Schedule:
         n = shuffle.size(1)
         self.N = steps or n
         self.order = order
-        if n == 1:                                           # one token, whatever is said of it:
-            self.N = 1
-            self.order = "ancestral"                         # that is an ancestral step with N = 1
+        if n == 1:                 # an AR model, or a last token alone: it comes, and nothing needs
+            self.N = 1             # to be ordered, as in an ancestral step with N = 1
+            self.order = "ancestral"
         self.threshold = threshold
         self.shuffle = shuffle                               # a random number for each token
 
@@ -911,15 +931,14 @@ def left_steps(L, b, steps):
 # --------------------------------------------------------------------------------------------------
 # The continuous student: noise in the place of masks
 #
-# Token v is a point E_v. A noisy token is z_i = alpha E[x_i] + sigma eps, and gamma = log sigma²/
-# alpha² says how noisy. All points are equally long, so what the noise leaves of x_i is
-# softmax_v(alpha/sigma² z_i·E_v), whatever stands around it. So
+# Token v is a point E_v. A noisy token is z_i = alpha E[x_i] + sigma eps, and how noisy it is, says
+# gamma = log(sigma² / alpha²). All points are equally long, so what the noise leaves of x_i is
+# softmax_v(alpha/sigma² z_i·E_v), whatever stands around it. So by Bayes' rule
 #
 #     p(x_i | x_!=i, z_i) = softmax_v( log c_i(v) + alpha/sigma² z_i·E_v ),
 #
 # with the concrete score c_i that a masked student has for its target. Endless noise is [MASK], no
-# noise is a visible token. We know of no public formula of this; tests enumerate it. Noise levels:
-# LangFlow (2604.11748).
+# noise is a visible token. Noise levels: LangFlow (2604.11748).
 
 CLEAN = -15.0       # the gamma of visible tokens: sigma is .0006
 
@@ -946,8 +965,8 @@ class Continuous(Transformer):
     model(x, z: Noisy) -> (B, L, V). The slots are those of the masked student. A noisy token is
     read as the mean embedding of what it may be, by its noise alone. So near gamma = CLEAN it is
     the token's own embedding, and the student begins as the AR model whose weights it has. (To
-    read its last guess instead would count what that was made of twice: texts get sharper, and in
-    small sources always the same.)
+    read its own last guess instead was tried. It counts the same evidence twice, and in small
+    sources the texts became always the same.)
     """
 
     def __init__(self, c):
@@ -982,8 +1001,8 @@ class Continuous(Transformer):
         level = self.level(torch.stack(rates(z.gamma), dim=-1))
         said = self.channel(z).softmax(-1)                                      # (B, T, V)
         e = said @ self.embedding.weight[:self.V] + level                       # (B, T, d)
-        text = self.embedding(self.shift(x)[:, window])
-        return behind(text, e, self.b) + self.own(e)
+        ar_slots = self.embedding(self.shift(x)[:, window])
+        return behind(ar_slots, e, self.b) + self.own(e)
 
     def with_noise(self, x, hidden, gamma):
         """Texts x (B, L) with noise of level gamma (B, L) on the hidden tokens (B, L): a state."""
@@ -1012,13 +1031,13 @@ def noisy_states(student, x):
     n_blocks = -(-L // student.b)
     u = stratified(B, n_blocks, x.device)
     gamma = student.levels(u).repeat_interleave(student.b, dim=1)[:, :L]
-    some = hide(x, student.b, student.V) == student.V
-    all_of_them = (torch.arange(B, device=x.device) % 2 == 0)[:, None]
-    return student.with_noise(x, some | all_of_them, gamma)
+    some_hidden = hide(x, student.b, student.V) == student.V
+    all_hidden = (torch.arange(B, device=x.device) % 2 == 0)[:, None]           # (B, 1)
+    return student.with_noise(x, some_hidden | all_hidden, gamma)
 
 
 def seen_through(student, z, target):
-    """What a target (B, L, V) for masked tokens becomes where something shines through the noise.
+    """What a target (B, L, V) for masked tokens becomes where the noise leaves something of them.
 
     With c_i it is p_T(x_i | x_!=i, z_i), and its mean over the teacher's completions of z is
     p_T(x_i | z). A one-hot target stays what it is.
@@ -1045,16 +1064,19 @@ def fill_from_noise(model, z, uniforms, steps, order, warping):
         if not state.hidden.any():
             continue
         uniform = uniforms[:, start:stop, 0]
-        way = ways_out_of_noise(block.size(1), steps, order).to(z.device)       # (N + 1, n)
-        level = model.levels(1 - way)        # high to low, but never to CLEAN: that is by drawing
-        for step in range(len(way) - 1):
-            ends = state.hidden & (way[step + 1] == 1)
+        progress = ways_out_of_noise(block.size(1), steps, order).to(z.device)  # (N + 1, n)
+        level = model.levels(1 - progress)   # high to low, but never to CLEAN: that is by drawing
+        for step in range(len(progress) - 1):
+            ends = state.hidden & (progress[step + 1] == 1)         # whose way ends in this step
             state.gamma = torch.where(state.hidden, level[step], CLEAN)
+            # Ask the network.
             logp, cache = model.decode(z, state, start, stop, torch.ones_like(ends), cache)
             logp = logp.view(*block.shape, -1)                                  # (B, n, V)
+            # Draw the tokens whose way ends. The others are only shown: what is likeliest now.
             said = logp.argmax(-1)                                              # (B, n)
             said[ends] = categorical(warp(logp[ends], **warping), uniform[ends])
-            block.copy_(torch.where(state.hidden, said, block))  # to be shown; `state` goes on
+            block.copy_(torch.where(state.hidden, said, block))
+            # Move the others to their next level; what was drawn is clean from now on.
             less_noise(state, logp.exp() @ model.E, level[step + 1])
             state.z = torch.where(ends[..., None], model.E[said], state.z)
             state.hidden = state.hidden & ~ends
@@ -1154,7 +1176,7 @@ def gram_counts(x, n):
 
 
 def entropy(x, n=1):
-    """Entropy of the n-grams of texts x (B, L), in nats. Dull texts lower it, and judge NLL too."""
+    """Entropy of the n-grams of texts x (B, L), in nats. Dull texts have little of it."""
     counts = gram_counts(x, n).double()
     return torch.special.entr(counts / counts.sum()).sum().item()
 
