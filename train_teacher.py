@@ -208,34 +208,30 @@ def split_corpus(name):
 WORDS = r" ?\w+| ?[^\s\w]+|\s+"  # how BPE cuts text before it merges: no token spans two words
 
 
+def count_pairs(words):
+    """How often each pair of tokens stands in words, given as {word: how often it stands}."""
+    pairs = Counter()
+    for word, n in words.items():
+        for a, b in zip(word, word[1:]):
+            pairs[a + b] += n
+    return pairs
+
+
 def train_bpe(text, V):
     """Makes the most frequent pair of tokens a new token until there are V -> list of V `bytes`."""
     tokens = [bytes([i]) for i in range(256)]
     # Each word once, with its count, and in it one character for each token.
     words = Counter(word.encode().decode("latin-1") for word in re.findall(WORDS, text))
-    pairs = Counter()
-
-    def count(word, n):
-        for a, b in zip(word, word[1:]):
-            pairs[a + b] += n
-
-    def spelled(pair):
-        return [tokens[ord(c)] for c in pair]
-
-    for word in words:
-        count(word, words[word])
+    pairs = count_pairs(words)
     while len(tokens) < V and pairs:
         most = max(pairs.values())
-        best = max((pair for pair in pairs if pairs[pair] == most), key=spelled)
-        merged = chr(len(tokens))
-        tokens.append(b"".join(spelled(best)))
-        for word in [word for word in words if best in word]:
-            n = words.pop(word)
-            count(word, -n)
-            word = word.replace(best, merged)
-            count(word, n)
-            words[word] = n
-        pairs = +pairs  # drops what fell to zero
+        spelled = {pair: [tokens[ord(c)] for c in pair] for pair in pairs if pairs[pair] == most}
+        best = max(spelled, key=spelled.get)
+        old = {word: words.pop(word) for word in list(words) if best in word}
+        new = {word.replace(best, chr(len(tokens))): n for word, n in old.items()}
+        words |= new
+        pairs = pairs - count_pairs(old) + count_pairs(new)
+        tokens.append(b"".join(spelled[best]))
     return tokens
 
 
