@@ -866,9 +866,8 @@ def parse(cls, argv, doc=None, preset={}):
 
 def pick_device(name):
     """auto takes CUDA, then Apple's MPS, then the CPU."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    have = [device for device in there if there[device]]
+    known = ("cuda", "mps", "cpu")
+    have = [device for device in known if torch.get_device_module(device).device_count()]
     if name not in ("auto", *have):
         raise UserError(f"--device {name}: not to be had here; use {', '.join(have)} or auto")
     return have[0] if name == "auto" else name
