@@ -746,20 +746,19 @@ def count_weights(model):
 
 def new_model(c):
     """A network at random. What no memory can hold is refused before any is taken."""
-    pretrained = isinstance(c, PretrainedConfig)
+    network = dlm.Continuous if c.D else dlm.Transformer
     number = (12 * c.n_layer * c.n_embd + 2 * c.V + c.L) * c.n_embd     # of weights, about
-    if pretrained:
+    if isinstance(c, PretrainedConfig):
+        network = Pretrained
         with torch.device("meta"):                                      # shapes, and no memory
-            number = count_weights(Pretrained(c))
+            number = count_weights(network(c))
     size = 24 * number                                # weights, gradients, averages, momenta
     try:
         torch.empty(min(size, 2 ** 62), dtype=torch.uint8)
     except RuntimeError:
         raise UserError("--n_embd, --n_layer, --teacher: to train a model of this size takes "
                         f"{size / 1e9:.0f} GB of memory; choose a smaller one") from None
-    if pretrained:
-        return Pretrained(c)
-    return dlm.Continuous(c) if c.D else dlm.Transformer(c)
+    return network(c)
 
 
 def load(path, option, device="cpu"):
