@@ -622,7 +622,6 @@ def import_pretrained(name, L):
     folder = Path(f"runs/{short}-{L}")
     if (folder / "checkpoint.pt").exists():
         return folder
-    extra("transformers")
     print(f"{name} becomes {folder}, once: this takes a minute", flush=True)
     tokenizer, whole = load_pretrained(name)
     longest = getattr(whole.config, "max_position_embeddings", L)
