@@ -136,12 +136,11 @@ def marked(story):
         return f"*{story}*"
     pairs = [*zip(re.findall(r"{(\w+)}", form), said.groups())]
     first = dict(reversed(pairs))                           # the first word of each name
-    chosen = {name: first[name] for name in KNOWN}
-    wrong = {name for name in KNOWN if chosen[name] not in KNOWN[name]}
-    if not wrong and chosen["A"] == chosen["B"]:
+    wrong = {name for name in KNOWN if first[name] not in KNOWN[name]}
+    if not wrong and first["A"] == first["B"]:
         wrong = {"B"}
     if not wrong:
-        right = words_of(**chosen)
+        right = words_of(**{name: first[name] for name in KNOWN})
         wrong = {name for name, word in pairs if word != right[name]}
     words = [f"*{word}*" if name in wrong else word for name, word in pairs]
     return re.sub(r"{\w+}", "{}", form).format(*words)
