@@ -479,7 +479,6 @@ class Trainer:
         interrupted = []
         handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
         bar = tqdm(total=self.updates, initial=self.done, unit="update", disable=None)
-        validation = self.history[-1][3] if self.history else "-"
         begun = self.done
         start = time.time() - self.seconds
         self.model.train()
@@ -493,9 +492,9 @@ class Trainer:
                     tqdm.write(f"about {minutes:.1f} minutes")
                 validated = self.done % every == 0 or self.done == self.updates
                 if validated:
-                    validation = validate(self.averaged(self.ema))
-                    self.record(validation)
+                    self.record(validate(self.averaged(self.ema)))
                 if self.done % 10 == 0:
+                    validation = self.history[-1][3] if self.history else "-"
                     bar.set_postfix(loss=loss.item(), validation=validation, refresh=False)
                 bar.update()
                 if validated or interrupted:
