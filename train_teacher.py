@@ -12,7 +12,6 @@ if __name__ == "__main__":  # torch takes a second to import: until run_script, 
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -697,17 +696,17 @@ def replace_file(path, write, option="--out"):
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError(0, "it is no ordinary file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "wb") as f:
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as e:
         raise UserError(f"{option}: cannot write {path} ({e.strerror}); "
                         "free some space or name another folder") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def write_json(path, data):
