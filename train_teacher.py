@@ -13,7 +13,6 @@ if __name__ == "__main__":  # torch takes a second to import: until run_script, 
 
 import argparse
 import copy
-import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -25,7 +24,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import dlm  # before torch, for a setting that torch must find when it starts
@@ -724,7 +723,7 @@ def save(path, model, tokenizer, options, trainer=None, corpus=None):
         weights = {name: w.bfloat16() for name, w in weights.items()}
         if trainer.done == trainer.updates:
             state = {"done": trainer.done, "history": trainer.history}
-    ckpt = {"format": FORMAT, "config": dataclasses.asdict(model.c), "tokenizer": tokenizer.state(),
+    ckpt = {"format": FORMAT, "config": asdict(model.c), "tokenizer": tokenizer.state(),
             "weights": weights, "options": options, "corpus": corpus, "trainer": state}
 
     def write(f):
@@ -824,8 +823,8 @@ def save_figure(fig, path):
 
 def option(default, help, choices=None, at_least=0, at_most=2 ** 63 - 1):
     """A field of a script's options: the command line and --help are made of these."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices,
-                                                        "range": (at_least, at_most)})
+    return field(default=default, metadata={"help": help, "choices": choices,
+                                            "range": (at_least, at_most)})
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -840,7 +839,7 @@ class Parser(argparse.ArgumentParser):
 def parse(cls, argv, doc=None, preset={}):
     """The command line -> an instance of cls, a dataclass of options. preset: other defaults."""
     parser = Parser(description=doc, allow_abbrev=False, formatter_class=Help)
-    for f in dataclasses.fields(cls):
+    for f in fields(cls):
         how = {"type": type(f.default), "choices": f.metadata["choices"]}
         if f.default is False:
             how = {"action": "store_true"}
@@ -850,7 +849,7 @@ def parse(cls, argv, doc=None, preset={}):
         if re.fullmatch("[^=]*=--", argument):  # some versions of Python fail
             raise UserError(f"{argument}: -- alone cannot be a value; give something else")
     o = cls(**vars(parser.parse_args(argv)))
-    for f in dataclasses.fields(cls):
+    for f in fields(cls):
         value = getattr(o, f.name)
         low, high = f.metadata["range"]
         if type(value) is not str and not low <= value <= high:  # nan is refused too
@@ -996,7 +995,7 @@ def resumed(o, argv):
     except Exception:  # of another script or version, or broken
         raise UserError(f"--resume {path}: not a run of this script and its version; "
                         "--overwrite makes it anew") from None
-    return dataclasses.replace(kept, out=folder, resume=folder, device=o.device), ckpt
+    return replace(kept, out=folder, resume=folder, device=o.device), ckpt
 
 
 def fit(o, folder, model, corpus, batch_loss, ckpt=None, validate=None):
@@ -1077,7 +1076,7 @@ def draw_history(history, kind, folder):
 def train(o, ckpt=None):
     """Trains by the options, or goes on from a checkpoint -> the run's folder."""
     if not o.updates:
-        o = dataclasses.replace(o, updates=1000 if o.data == "stories" else 500)
+        o = replace(o, updates=1000 if o.data == "stories" else 500)
     folder = folder_of(o, run_name(o, o.objective))
     device = pick_device(o.device)
     corpus = load_corpus(o.data, o.tokenizer, o.context)
@@ -1107,8 +1106,8 @@ def train(o, ckpt=None):
 
 def ar_model(o, seed, role, like):
     """The folder of the AR model of this seed: found, completed, or trained by options `like`."""
-    new = dataclasses.replace(like, data=o.data, seed=seed, device=o.device, out="", resume="",
-                              overwrite=False, noise="mask")
+    new = replace(like, data=o.data, seed=seed, device=o.device, out="", resume="",
+                  overwrite=False, noise="mask")
     folder = Path("runs") / run_name(new, "ar")
     if not (folder / "checkpoint.pt").exists():
         print(f"no {role} in {folder} yet, so it is trained first")
@@ -1116,7 +1115,7 @@ def ar_model(o, seed, role, like):
     ckpt = load(folder, "--teacher" if role == "teacher" else f"the {role},")[2]
     if ckpt["trainer"] and ckpt["trainer"]["done"] < options_of(ckpt).updates:
         print(f"the {role} in {folder} was interrupted and goes on first")
-        return train(*resumed(dataclasses.replace(new, resume=str(folder)), []))
+        return train(*resumed(replace(new, resume=str(folder)), []))
     return folder
 
 
