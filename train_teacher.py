@@ -124,8 +124,7 @@ def marked(story):
     """A story with *asterisks* around its wrong words, or around all of it if it has no form.
 
     Words that nobody knows, or a second person who is the first, are marked alone, for then
-    nothing can be computed. A word that is wrong in one place is marked wherever it belongs.
-    """
+    nothing can be computed. A word that is wrong in one place is marked wherever it belongs."""
     for form in FORMS:
         said = re.fullmatch(re.sub(r"{\w+}", r"(\\w+)", form.replace(".", r"\.")), story)
         if said:
@@ -233,10 +232,7 @@ def train_bpe(text, V):
 
 
 class Tokenizer:
-    """Text to ids and back.
-
-    pieces: the characters of `char`, the byte strings of `bpe`, the JSON of a `pretrained` one.
-    """
+    """Text to ids and back. pieces: characters, byte strings, or a `pretrained` one's JSON."""
 
     def __init__(self, kind, pieces=()):
         self.kind = kind
@@ -518,8 +514,7 @@ class Pretrained(dlm.Transformer):
     """The network of `transformers` between our slots and our loss.
 
     All that it must do is to `run` embeddings at given positions under a given mask. [MASK] is one
-    more row of the embedding, V, which starts as the mean of the others.
-    """
+    more row of the embedding, V, which starts as the mean of the others."""
 
     def __init__(self, c, whole=None):
         """whole: the model that `transformers` has loaded; None: one of this shape, at random."""
@@ -924,8 +919,7 @@ class RunOptions:
     """What every training run has."""
     data: str = option("stories", "stories, docs, shakespeare, or the path of a text file")
     tokenizer: str = option("bpe:512", "char, bpe (1024 tokens), bpe:SIZE or gpt2")
-    noise: str = option("mask", "a diffusion model's tokens are hidden by a mask, or by gaussian "
-                        "noise", ("mask", "gaussian"))
+    noise: str = option("mask", "what hides a diffusion model's tokens", ("mask", "gaussian"))
     parts: int = option(1, "parts of a batch, one after the other, to save memory", at_least=1)
     seed: int = option(0, "seed of weights, batches and masks")
     out: str = option("", "folder of the run; empty: runs/ and a name made of the options")
@@ -1044,8 +1038,7 @@ def bound_of(model, ids, tokens_per_char):
 def report(o, folder, trainer, model, corpus, validated=None, **more):
     """The bound on the test part, metrics.json with `more` in it, and loss.png.
 
-    validated: what the validation was of, if not of the bound.
-    """
+    validated: what the validation was of, if not of the bound."""
     test, se, per_char = test_bound(model, corpus)
     metrics = {"options": vars(o), "block": model.b, "device": model.embedding.weight.device.type,
                "versions": versions(), "parameters": count_weights(model),
