@@ -172,7 +172,7 @@ def read_lines(path, option="--data"):
                         f"give a text file or one of {', '.join(CORPORA)}") from None
     kept = {line if len(line) >= 64 else i: line for i, line in enumerate(lines)}
     if len(kept) < len(lines):
-        print(f"note: --data {path} repeats {len(lines) - len(kept)} paragraphs; they are left out")
+        print(f"note: {option} {path} repeats {len(lines) - len(kept)} paragraphs; left out here")
     return kept.values()
 
 
