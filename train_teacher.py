@@ -99,7 +99,7 @@ FORMS = (
     "{A} saw {m} {colour} {thing}. {B} saw {n} more than {she} did. So {B} saw {sum}.")
 
 
-def words_of(A, B, m, n, colour, thing):
+def words_of(A, B, m, n, colour, thing, **_):
     """All words of a form, from those that its author chose. she, her: also where A is a man."""
     she, her = PEOPLE[A]
     return {"A": A, "B": B, "m": m, "n": n, "colour": colour, "thing": thing, "she": she,
@@ -137,7 +137,7 @@ def marked(story):
     if not wrong and first["A"] == first["B"]:
         wrong = {"B"}
     if not wrong:
-        right = words_of(**{name: first[name] for name in KNOWN})
+        right = words_of(**first)
         wrong = {name for name, word in pairs if word != right[name]}
     words = [f"*{word}*" if name in wrong else word for name, word in pairs]
     return re.sub(r"{\w+}", "{}", form).format(*words)
