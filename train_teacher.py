@@ -818,12 +818,8 @@ def save_figure(fig, path):
 
 def option(default, help, choices=None, at_least=0, at_most=2 ** 63 - 1):
     """A field of a script's options: the command line and --help are made of these."""
-    return field(default=default, metadata={"help": help, "choices": choices,
-                                            "range": (at_least, at_most)})
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows every default, and a script's docstring as it stands."""
+    return field(default=default, metadata={"help": f"{help} (default: %(default)s)",
+                                            "choices": choices, "range": (at_least, at_most)})
 
 
 class Parser(argparse.ArgumentParser):
@@ -833,7 +829,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse(cls, argv, doc=None, preset={}):
     """The command line -> an instance of cls, a dataclass of options. preset: other defaults."""
-    parser = Parser(description=doc, allow_abbrev=False, formatter_class=Help)
+    parser = Parser(description=doc, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(cls):
         how = {"type": type(f.default), "choices": f.metadata["choices"]}
         if f.default is False:
