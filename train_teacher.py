@@ -371,7 +371,6 @@ class Muon(torch.optim.Optimizer):
 
 
 def adamw(params, lr):
-    params = list(params)
     return torch.optim.AdamW(params, lr, betas=(0.9, 0.95), weight_decay=0.0,
                              fused=params[0].device.type in ("cpu", "cuda"))
 
@@ -397,7 +396,7 @@ class Trainer:
         self.best = None     # the averaged weights that did best on validation
         self.ema = copy.deepcopy(model.state_dict())
         if isinstance(model, Pretrained):    # was trained by AdamW, and has more than matrices
-            self.optimizers = [adamw(model.parameters(), lr)]
+            self.optimizers = [adamw([*model.parameters()], lr)]
         else:
             ends = [model.embedding.weight, model.head.weight]
             inner = [p for p in model.parameters() if all(p is not end for end in ends)]
