@@ -100,7 +100,7 @@ FORMS = (
 
 
 def words_of(A, B, m, n, colour, thing, **_):
-    """All words of a form, from those that its author chose. she, her: also where A is a man."""
+    """All words of a form, by those that its author chose. she, her: also where A is a man."""
     she, her = PEOPLE[A]
     return {"A": A, "B": B, "m": m, "n": n, "colour": colour, "thing": thing, "she": she,
             "her": her, "sum": str(int(m) + int(n)), "rest": str(int(m) - int(n))}
@@ -225,7 +225,7 @@ def train_bpe(text, V):
         best = max(spelled, key=spelled.get)
         old = {word: words.pop(word) for word in list(words) if best in word}
         new = {word.replace(best, chr(len(tokens))): n for word, n in old.items()}
-        words |= new
+        words.update(new)
         pairs = pairs - count_pairs(old) + count_pairs(new)
         tokens.append(b"".join(spelled[best]))
     return tokens
