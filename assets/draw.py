@@ -544,15 +544,22 @@ LEFT_NAMES = {"plain": "plain", "plain2000": "plain, 2000 updates", "prefix": "p
               "tcs": "TCS", "opdlm": "OPDLM"}
 
 
-def by_left(kept):
-    """What students of `docs` do by the default order; plain diffusion also in as many seconds."""
+MORE_NAMES = {"more-plain": "plain, 500 updates more", "more-tcs": "TCS from it, 500 updates",
+              "tenth-plain": "plain, a tenth of the text", "tenth-tcs": "TCS, a tenth of the text"}
+
+
+def by_left(kept, data, names):
+    """What students do by the default order, by tokens a step, and what text costs them then."""
     rows = []
-    for name, label in LEFT_NAMES.items():
-        runs = chosen(kept["by_left"], data="docs", name=name)
+    for name, label in names.items():
+        runs = chosen(kept["by_left"], data=data, name=name)
         costs = [f"{fmean(run['rows'][k]['nll'] for run in runs):.2f}" for k in TOKENS_A_STEP]
-        quality = [stated(runs, lambda run: judged(run["rows"][k])) for k in TOKENS_A_STEP]
-        rows.append([label, *costs, *quality])
-    return markdown(["tokens a step:", "text costs it: 1", "2", "4", "judge NLL: 1", "2", "4"], rows)
+        quality = [said(data, runs, lambda run: marked(run["rows"][k])) for k in TOKENS_A_STEP]
+        rows.append([label, *costs, *quality, f"{fmean(run['bound'] for run in runs):.2f}",
+                     str(len(runs))])
+    judged_by = "right: 1" if data == "stories" else "judge NLL: 1"
+    head = ["tokens a step:", "text costs it: 1", "2", "4", judged_by, "2", "4", "bound", "seeds"]
+    return markdown(head, rows)
 
 
 NOISY = {("mask", "plain", "data"): "masks, plain", ("mask", "tcs", "data"): "masks, TCS",
@@ -716,7 +723,9 @@ TABLES = {"main-job": lambda: main_job(read("main-job")),
           "long": lambda: long_table(read("students")),
           "pretrained": lambda: pretrained_table(read("pretrained")),
           "sixteen": lambda: sixteen(read("pretrained")),
-          "by-left": lambda: by_left(read("students")),
+          "by-left": lambda: by_left(read("students"), "docs", LEFT_NAMES),
+          "by-left-stories": lambda: by_left(read("students"), "stories", LEFT_NAMES),
+          "by-left-more": lambda: by_left(read("students"), "docs", MORE_NAMES),
           "noise-docs": lambda: noise_table(read("continuous"), "docs"),
           "noise-stories": lambda: noise_table(read("continuous"), "stories"),
           "noise-tried": lambda: noise_tried(read("continuous")),
