@@ -607,8 +607,9 @@ def is_pretrained(name):
 def import_pretrained(name, L):
     """A pre-trained model as an AR checkpoint -> its folder; made once. hf: asks the hub."""
     short = name.removeprefix("hf:").replace("/", "-")
-    if os.path.isdir(name):
-        short = Path(name).resolve().name
+    if os.path.isdir(name):                                  # others may end in the same name
+        path = Path(name).resolve()
+        short = f"{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"
     folder = Path(f"runs/{short}-{L}")
     if (folder / "checkpoint.pt").exists():
         return folder

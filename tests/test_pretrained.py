@@ -4,6 +4,7 @@ The laws are the tests of test_math.py, run once more with another network in th
 """
 import dataclasses
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -204,12 +205,20 @@ def test_sdtt_starts_from_such_a_student(run, call):
 
 def test_a_teacher_is_imported_once_and_is_an_ar_model(run, call, monkeypatch):
     assert run("--method plain --block 4 --out run")[0] == 0
-    model, tokenizer, _ = train_teacher.load("runs/tiny-llama-16", "")
+    folder = train_teacher.import_pretrained("tiny-llama", 16)
+    model, tokenizer, _ = train_teacher.load(folder, "")
     assert (model.b, model.L, model.V) == (1, 16, 300)
     assert tokenizer.decode([model.bos]) == "" and model.bos == 0      # <|endoftext|>, not <s>
     assert tokenizer.decode(tokenizer.encode("a name of")) == "a name of"
     monkeypatch.setattr(train_teacher, "untrained", pytest.fail)
-    assert train_teacher.import_pretrained("tiny-llama", 16) == Path("runs/tiny-llama-16")
+    assert train_teacher.import_pretrained("./tiny-llama", 16) == folder
+
+
+def test_folders_of_one_name_become_two_teachers(saved, home):
+    shutil.copytree("tiny-llama", "other/tiny-llama")
+    one, other = (train_teacher.import_pretrained(name, 16)
+                  for name in ("tiny-llama", "other/tiny-llama"))
+    assert one != other
 
 
 def test_weights_are_those_of_the_folder(saved, home):
@@ -243,7 +252,8 @@ def test_a_finished_run_keeps_half_precision_and_nothing_to_resume(run, refused)
 def test_another_judge_reads_the_text_and_not_the_tokens(run, call):
     assert run("--method plain --block 4 --out run")[0] == 0
     judge = next(Path("runs").glob("ar-tiny-char-s1"))
-    code, out, err = call("sample", f"--bench run,runs/tiny-llama-16 --judge {judge} --texts 8 "
+    teacher = train_teacher.import_pretrained("tiny-llama", 16)
+    code, out, err = call("sample", f"--bench run,{teacher} --judge {judge} --texts 8 "
                           "--order left --steps 4")
     assert code == 0, err
     assert len(re.findall(r"^(?:run|tiny|checkpoint)", out, re.M)) >= 1
