@@ -289,7 +289,9 @@ def compare(entrants, judge, corpus, B, seed=0):
             if judge:
                 row["last_word"] = last_word_accuracy(model, ends, corpus.tokenizer, **way)
         for size in (1,) if begin else (1, 32):              # 32 would take a minute
-            row[f"seconds_{size}"] = timed(lambda: dlm.generate(model, size, **way).cpu())
+            warm_up, *seconds = timeit.repeat(lambda: dlm.generate(model, size, **way).cpu(),
+                                              number=1, repeat=4)
+            row[f"seconds_{size}"] = sorted(seconds)         # the median is in the middle
         rows.append({"what": what, **row, **marks(x[:, begin:], judge, corpus)})
         print_rows(rows[-1:])
     return rows
@@ -337,12 +339,6 @@ def beginnings(model, x):
     z = x.clone()
     z[:, model.L // 4:] = model.V
     return z
-
-
-def timed(act):
-    """Three times the seconds of act(), ascending: the median is in the middle."""
-    act()                                                                # warms up
-    return sorted(timeit.repeat(act, number=1, repeat=3))
 
 
 def print_rows(rows, header=None):
