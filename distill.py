@@ -239,10 +239,10 @@ class Distillation:
         order = "left" if dlm.is_continuous(student) else o.order
         with dlm.seeded(0):
             number = max(1, o.judged // 4)
-            given = sample.beginnings(student, self.held[:number])
+            _, given = sample.beginnings(student, self.held, number)
             written = dlm.generate(student, number, min(steps, 16), given, order=order)
         value = dlm.bound(student, self.held)[0] + dlm.bound(self.teacher, written)[0]
-        real = dlm.entropy(self.held[:len(written)])       # as many: it grows with their number
+        real = dlm.entropy(self.held[:number])             # as many: it grows with their number
         its_own = dlm.entropy(written)
         if its_own < FLOOR * real:
             tqdm.write(f"warning: what the student writes has {its_own:.2f} nats of entropy, "

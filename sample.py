@@ -277,8 +277,7 @@ def compare(entrants, judge, corpus, B, seed=0):
     """
     model = entrants[0][1]
     held_out = consecutive(corpus.parts["test"], model.L, B).to(model.embedding.weight.device)
-    given = beginnings(model, held_out.repeat(B, 1)[:B])
-    begin = 0 if given is None else model.L // 4
+    begin, given = beginnings(model, held_out, B)
     ends = passages(corpus, min(B, 256))
     rows = [{"what": "held-out text", **marks(held_out[:, begin:], judge, corpus)}]
     print_rows(rows, header=f"{B} texts")
@@ -329,16 +328,16 @@ def marks(x, judge, corpus):
     return {**row, "samples": texts[:4]}
 
 
-def beginnings(model, x):
-    """Texts x (n, L) with all but the first quarter hidden, where `model` is a pre-trained one.
+def beginnings(model, x, B):
+    """Where a model begins to write, and B states (B, L) of which all from there on is hidden.
 
-    It has read of everything, so it is told what to write about. Other models: None.
+    A pre-trained model has read of everything, so the first quarter of texts x (n, L) tells it what
+    to write about. Other models begin with nothing.
     """
-    if not isinstance(model, Pretrained):
-        return None
-    z = x.clone()
-    z[:, model.L // 4:] = model.V
-    return z
+    begin = model.L // 4 if isinstance(model, Pretrained) else 0
+    z = x.repeat(B, 1)[:B]
+    z[:, begin:] = model.V
+    return begin, z
 
 
 def print_rows(rows, header=None):
