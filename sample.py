@@ -13,6 +13,7 @@ if __name__ == "__main__":  # torch takes a second to import: until run_script, 
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import itertools
+import math
 import re
 import shutil
 import sys
@@ -218,11 +219,12 @@ def write(o, model, tokenizer, z):
 
 
 def passages(corpus, n=256):
-    """Held-out text, cut behind n of its words: list of strings."""
+    """Held-out text, cut behind at most n of its words: list of strings."""
     held_out = corpus.tokenizer.decode(corpus.parts["test"])
     ends = [match.end() for match in re.finditer(r"\w+", held_out)]
-    ends = ends[len(ends) // 10:]  # each has something before it
-    return [held_out[:end] for end in ends[::max(1, -(-len(ends) // n))]]
+    ends = ends[len(ends) // 10:]           # each has something before it
+    every = math.ceil(len(ends) / n) or 1
+    return [held_out[:end] for end in ends[::every]]
 
 
 def last_word_accuracy(model, passages, tokenizer, temperature=0, **way):
@@ -253,8 +255,8 @@ def ways_to_write(model, order="", steps=0, threshold=0.0, most=0):
     continuous student, more steps; unless one is given.
     """
     if model.b == 1:
-        return {"": {}}
-    if threshold:
+        ways = [{}]
+    elif threshold:
         ways = [{"order": order or "left", "steps": steps, "threshold": threshold}]
     else:
         orders = [order] if order else dlm.orders_of(model)
@@ -278,7 +280,6 @@ def compare(entrants, judge, corpus, B, seed=0):
     model = entrants[0][1]
     held_out = consecutive(corpus.parts["test"], model.L, B).to(model.embedding.weight.device)
     begin, given = beginnings(model, held_out, B)
-    ends = passages(corpus, min(B, 256))
     rows = [{"what": "held-out text", **marks(held_out[:, begin:], judge, corpus)}]
     print_rows(rows, header=f"{B} texts")
     for what, model, way in entrants:
@@ -286,11 +287,12 @@ def compare(entrants, judge, corpus, B, seed=0):
             row, x = dlm.write_at_cost(model, B, given, **way)
             row |= cost_of_text(model, held_out[:128], way)
             if judge:
-                row["last_word"] = last_word_accuracy(model, ends, corpus.tokenizer, **way)
+                row["last_word"] = last_word_accuracy(model, passages(corpus, min(B, 256)),
+                                                      corpus.tokenizer, **way)
         for size in (1,) if begin else (1, 32):              # 32 would take a minute
-            warm_up, *seconds = timeit.repeat(lambda: dlm.generate(model, size, **way).cpu(),
-                                              number=1, repeat=4)
-            row[f"seconds_{size}"] = sorted(seconds)         # the median is in the middle
+            seconds = timeit.repeat(lambda: dlm.generate(model, size, **way).cpu(),
+                                    number=1, repeat=4)
+            row[f"seconds_{size}"] = sorted(seconds[1:])     # without the first, which warms up
         rows.append({"what": what, **row, **marks(x[:, begin:], judge, corpus)})
         print_rows(rows[-1:])
     return rows
@@ -343,12 +345,10 @@ def beginnings(model, x, B):
 def print_rows(rows, header=None):
     columns = (STORIES if "right" in rows[0] else PROSE) | ALL
     if header:
-        print(f"\n{header:<42}" + "".join(f"{name:>10}" for name in columns))
+        print("\n" + header.ljust(42), *(name.rjust(9) for name in columns))
     for row in rows:
-        line = f"{row['what']:<42}"
-        for key, form in columns.values():
-            line += f"{form.format(row[key]) if key in row else '':>10}"
-        print(line, flush=True)
+        said = [form.format(row[key]) if key in row else "" for key, form in columns.values()]
+        print(row["what"].ljust(42), *(text.rjust(9) for text in said), flush=True)
 
 
 def bench(o):
