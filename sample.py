@@ -175,43 +175,45 @@ def draw_gif(frames, path):
     from PIL import Image, ImageDraw, ImageFont
     font = ImageFont.truetype(findfont("DejaVu Sans Mono"), 15)
     frames = [wrap(text, 72) for text in frames]
-    size = (9 * 72 + 20, 20 * max(len(lines) for lines in frames) + 20)
-    pictures = [Image.new("RGB", size, "white") for _ in frames]
-    for picture, lines in zip(pictures, frames):
+    size = (9 * 72 + 20, 20 * max(map(len, frames)) + 20)
+    pictures = []
+    for lines in frames:
+        pictures.append(Image.new("RGB", size, "white"))
+        draw = ImageDraw.Draw(pictures[-1])
         for row, line in enumerate(lines):
             for column, (c, kind) in enumerate(line):
-                ImageDraw.Draw(picture).text((10 + 9 * column, 10 + 20 * row), c, INKS[kind], font)
-    replace_file(path, lambda f: pictures[0].save(f, "GIF", save_all=True, duration=120, loop=0,
-                 append_images=pictures[1:] + pictures[-1:] * 20), "--gif")  # the last one stays
+                draw.text((10 + 9 * column, 10 + 20 * row), c, INKS[kind], font)
+    first, *others = pictures + pictures[-1:] * 20           # the last one stays
+    how = {"save_all": True, "append_images": others, "duration": 120, "loop": 0}
+    replace_file(path, lambda f: first.save(f, "GIF", **how), "--gif")
 
 
 def warping(o):
     return {"temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p}
 
 
-def write(o, model, tokenizer, z):
-    """Writes into z (B, T) and shows the texts."""
-    given = (z < model.V).tolist()
+def show_writing(o, model, tokenizer, begin, states):
+    """Shows the texts that states (B, T) end in, and with --watch and --gif how they come about."""
+    given = (begin < model.V).tolist()
 
     def texts_of(now, before):
         return [cut(cells(*row, tokenizer, model.V), o.stop)
                 for row in zip(now.tolist(), before.tolist(), given)]
 
-    torch.manual_seed(o.seed)
-    states = dlm.sample(model, z, o.steps, o.order, o.threshold, **warping(o))
     height = 0
     frames = []
-    for before, now in itertools.pairwise(states):
-        if torch.equal(now, before) or not (o.watch or o.gif or o.stop):
-            continue
-        texts = texts_of(now, before)
-        frames.append(texts[0])
-        if o.watch and sys.stdout.isatty():
-            height = show(texts, height)
-            time.sleep(0.08)
-        finished = all((HIDDEN, "hidden") not in text for text in texts)
-        if finished and not dlm.is_continuous(model):        # whose first guesses change
-            break
+    before = begin
+    for now in states:
+        if (o.watch or o.gif or o.stop) and not torch.equal(now, before):
+            texts = texts_of(now, before)
+            frames.append(texts[0])
+            if o.watch and sys.stdout.isatty():
+                height = show(texts, height)
+                time.sleep(0.08)
+            finished = (HIDDEN, "hidden") not in itertools.chain(*texts)
+            if finished and not dlm.is_continuous(model):    # whose first guesses change
+                break
+        before = now
     texts = texts_of(now, now)
     show(texts, height)
     if o.gif:
@@ -385,7 +387,7 @@ def main(argv):
     o = parse(Options, argv, __doc__)
     if o.threshold and o.order == "ancestral":
         raise UserError("--order ancestral: chance alone decides what comes; "
-                        f"with --threshold use {', '.join(dlm.ORDERS[1:])}")
+                        "with --threshold use another order")
     o.device = pick_device(o.device)
     if o.bench:
         return bench(o)
@@ -395,16 +397,17 @@ def main(argv):
     if dlm.is_continuous(model) and o.threshold:
         raise UserError(f"--threshold: means nothing where tokens come out of noise, as in {path}; "
                         "use --steps")
-    if o.order not in ("", *dlm.orders_of(model)):
-        raise UserError(f"--order {o.order}: {path} knows {', '.join(dlm.orders_of(model))}")
     if o.correct:
         return show_corrections(o, model, tokenizer)
     z = read_prompt(o, model, tokenizer).to(o.device)
+    torch.manual_seed(o.seed)
+    states = dlm.sample(model, z.expand(o.number, -1), o.steps, o.order, o.threshold, **warping(o))
+    begin = next(states)                    # refuses an order that the model does not know
     print(f"{path} (b = {model.b}), {o.device}, seed {o.seed}", file=sys.stderr)
     if unseen(z, model):
         print("note: tokens right of a gap's block are kept but not seen while it is written "
               f"(b = {model.b}); a model trained with --block 0 sees them", file=sys.stderr)
-    write(o, model, tokenizer, z.expand(o.number, -1))
+    show_writing(o, model, tokenizer, begin, states)
 
 
 if __name__ == "__main__":
