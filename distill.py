@@ -283,11 +283,12 @@ def teacher_path(o):
     return Path(o.teacher or ar_model(o, 0, "teacher", like))
 
 
-def load_models(o, device, folder, ckpt):
+def load_models(o, ckpt=None):
     """-> the teacher's path, teacher, student, judge and corpus. What is missing is trained first.
 
-    folder, ckpt: of the run that goes on, if one does.
+    ckpt: of the run that goes on, if one does.
     """
+    device = pick_device(o.device)
     path = teacher_path(o)
     teacher, tokenizer, teacher_ckpt = load(path, "--teacher", device)
     if teacher.b != 1:
@@ -297,27 +298,23 @@ def load_models(o, device, folder, ckpt):
 
     like = train_teacher.options_of(teacher_ckpt)
     spec = tokenizer
-    pretrained = tokenizer.kind == "pretrained"
-    if pretrained:                      # its tokens suit any text; the judge reads characters
+    if tokenizer.kind == "pretrained":  # its tokens suit any text; the judge reads characters
         like = JUDGE_OF_TEXT
     elif o.teacher:                     # it may have learned from any text, in the same tokens
         spec = like.tokenizer
     corpus = train_teacher.load_corpus(o.data, spec, teacher.L)
-    same_vocabulary(f"--teacher {path}", tokenizer, teacher,
-                    f"--data {o.data}", corpus.tokenizer, teacher)
+    whose = f"--teacher {path}"
+    same_vocabulary(whose, tokenizer, teacher, f"--data {o.data}", corpus.tokenizer, teacher)
     if not o.teacher:
         same_text(path, teacher_ckpt, corpus)
     if ckpt:
-        same_text(folder, ckpt, corpus)
+        same_text(o.resume, ckpt, corpus)
 
     judge = None
     if corpus.name != "stories":        # where each story is right or wrong
-        judge_path = ar_model(o, like.seed + 1, "judge", like)
-        judge = load(judge_path, "the judge,", device)
-        if not pretrained:
-            same_text(judge_path, judge[2], corpus)
-            same_vocabulary(f"--teacher {path}", tokenizer, teacher,
-                            f"the judge, {judge_path}", judge[1], judge[0])
+        folder = ar_model(o, like.seed + 1, "judge", like)
+        judge = sample.load_judge(folder, "the judge,", device, whose, tokenizer, teacher)
+        same_text(folder, judge[2], corpus)
     return path, teacher, student, judge, corpus
 
 
@@ -347,11 +344,10 @@ def make_student(o, teacher, tokenizer, device):
 
 def run(o, ckpt=None):
     """One method: trains into its folder, and reports."""
-    device = pick_device(o.device)
     o = choose_method(o)
     what = o.method if METHODS[o.method] == (o.states, o.target) else f"{o.states}-{o.target}"
     folder = train_teacher.folder_of(o, run_name(o, what, f"-b{o.block}"))
-    path, teacher, student, judge, corpus = load_models(o, device, folder, ckpt)
+    path, teacher, student, judge, corpus = load_models(o, ckpt)
     start = time.time()
     method = Distillation(o, teacher, student, corpus)
     more = {"teacher": str(path), "teacher_seconds": time.time() - start}   # writing, scoring
@@ -458,9 +454,7 @@ def rounds(o):
 
 def before_training(o, folder):
     """The first rows of the main job's table, and b: text, the AR teacher, its weights opened."""
-    o = replace(o, method="opdlm")
-    device = pick_device(o.device)
-    _, teacher, student, judge, corpus = load_models(o, device, folder, None)
+    _, teacher, student, judge, corpus = load_models(o)
     b = student.b
     if teacher.L % b:
         raise UserError(f"--block {b}: does not divide the context of {teacher.L}, as opdlm needs")

@@ -359,8 +359,10 @@ def bench(o):
     loaded = [load(path, "--bench", o.device) for path in paths]
     first, tokenizer, ckpt = loaded[0]
     corpus = load_corpus(ckpt["options"]["data"], tokenizer, first.L)
-    judge = load_judge(o, first, tokenizer) if o.judge else None
-    if not judge and corpus.name != "stories":
+    judge = None
+    if o.judge:
+        judge = load_judge(o.judge, "--judge", o.device, f"--bench {o.bench}", tokenizer, first)
+    elif corpus.name != "stories":
         raise UserError("--bench: wants a judge; name an AR run with --judge")
     entrants = []
     for path, (model, its_tokenizer, _) in zip(paths, loaded):
@@ -372,15 +374,14 @@ def bench(o):
     write_json(f"{o.out}/bench.json", {"options": vars(o), "versions": versions(), "rows": rows})
 
 
-def load_judge(o, model, tokenizer):
-    """The judge as `load` gives it. It reads what the models read, or their text."""
-    judge = load(o.judge, "--judge", o.device)
-    if judge[0].b != 1:
-        raise UserError(f"--judge {o.judge}: a diffusion model; name an AR one")
+def load_judge(path, option, device, whose, tokenizer, model):
+    """The judge of a model, as `load` gives it: it reads the same tokens, or any model's text."""
+    judge, its_tokenizer, ckpt = load(path, option, device)
+    if judge.b != 1:
+        raise UserError(f"{option} {path}: a diffusion model; name an AR one")
     if tokenizer.kind != "pretrained":
-        same_vocabulary(f"--bench {o.bench}", tokenizer, model,
-                        f"--judge {o.judge}", judge[1], judge[0])
-    return judge
+        same_vocabulary(whose, tokenizer, model, f"{option} {path}", its_tokenizer, judge)
+    return judge, its_tokenizer, ckpt
 
 
 def main(argv):
