@@ -34,12 +34,11 @@ SHIPPED = Path(__file__).parent / "assets" / "dlm-docs-whole.pt"  # to see somet
 HIDDEN = "░"
 COLOURS = {"given": "\033[36m{}\033[0m", "hidden": "\033[2m{}\033[0m", "new": "\033[1;32m{}\033[0m"}
 INKS = {"given": "#0a7d8c", "hidden": "#bbbbbb", "new": "#1a9641", "old": "#222222"}
-PROSE = {"judge": ("judge_nll", "{:.3f}"), "bigrams": ("bigram_entropy", "{:.2f}"),
-         "copied": ("copied", "{:.1%}"), "last word": ("last_word", "{:.0%}")}
-STORIES = {"right": ("right", "{:.1%}"), "distinct": ("distinct", "{:.1%}"),
-           "known": ("known", "{:.1%}")}
-ALL = {"text": ("nll", "{:.3f}"), "entropy": ("entropy", "{:.2f}"), "calls": ("calls", "{:.1f}"),
-       "1 text": ("seconds_1", "{[1]:.3f} s"), "32 texts": ("seconds_32", "{[1]:.3f} s")}
+PROSE = {"judge": "{judge_nll:.3f}", "bigrams": "{bigram_entropy:.2f}", "copied": "{copied:.1%}",
+         "last word": "{last_word:.0%}"}
+STORIES = {"right": "{right:.1%}", "distinct": "{distinct:.1%}", "known": "{known:.1%}"}
+ALL = {"text": "{nll:.3f}", "entropy": "{entropy:.2f}", "calls": "{calls:.1f}",
+       "1 text": "{seconds_1[1]:.3f} s", "32 texts": "{seconds_32[1]:.3f} s"}       # medians
 
 
 @dataclass
@@ -165,7 +164,9 @@ def show(texts, height=0):
         lines.append(f"--- {number}")
         for line in wrap(text, width):
             lines.append("".join(colours.get(kind, "{}").format(c) for c, kind in line))
-    print((f"\033[{height}A\033[J" if height else "") + "\n".join(lines), flush=True)
+    if height:
+        print(f"\033[{height}A\033[J", end="")
+    print("\n".join(lines), flush=True)
     return len(lines)
 
 
@@ -287,7 +288,7 @@ def compare(entrants, judge, corpus, B, seed=0):
     for what, model, way in entrants:
         with dlm.seeded(seed):
             row, x = dlm.write_at_cost(model, B, given, **way)
-            row |= cost_of_text(model, held_out[:128], way)
+            row |= cost_of_text(model, held_out[:128], **way)
             if judge:
                 row["last_word"] = last_word_accuracy(model, passages(corpus, min(B, 256)),
                                                       corpus.tokenizer, **way)
@@ -300,12 +301,10 @@ def compare(entrants, judge, corpus, B, seed=0):
     return rows
 
 
-def cost_of_text(model, x, way):
-    """What texts x (n, L) cost a sampler, in nats a token. Known exactly in the order `left`."""
-    steps = way.get("steps", 0)
-    known = {"order": "left", "steps": steps, "threshold": 0.0,
-             "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    if dlm.is_continuous(model) or {**known, **way} != known:
+def cost_of_text(model, x, steps=0, order="left", threshold=0, temperature=1, top_k=0, top_p=1):
+    """What texts x (n, L) cost a sampler, in nats a token, where that is known exactly."""
+    way = order, threshold, temperature, top_k, top_p
+    if dlm.is_continuous(model) or way != ("left", 0, 1, 0, 1):
         return {}
     nll, error = dlm.nll_in_steps(model, x, steps)
     return {"nll": nll, "nll_se": error}
@@ -347,10 +346,15 @@ def beginnings(model, x, B):
 def print_rows(rows, header=None):
     columns = (STORIES if "right" in rows[0] else PROSE) | ALL
     if header:
-        print("\n" + header.ljust(42), *(name.rjust(9) for name in columns))
+        print(f"\n{header:<42}" + "".join(name.rjust(10) for name in columns))
     for row in rows:
-        said = [form.format(row[key]) if key in row else "" for key, form in columns.values()]
-        print(row["what"].ljust(42), *(text.rjust(9) for text in said), flush=True)
+        line = row["what"].ljust(42)
+        for form in columns.values():
+            try:
+                line += form.format(**row).rjust(10)
+            except KeyError:                                 # was not measured
+                line += " " * 10
+        print(line, flush=True)
 
 
 def bench(o):
