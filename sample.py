@@ -126,10 +126,15 @@ def show_corrections(o, model, tokenizer):
 
 def cells(tokens, before, given, tokenizer, V):
     """The state `tokens` (T,), which followed `before`, as (character, kind) pairs."""
-    kinds = ["given" if is_given else "hidden" if token == V else "new" if earlier == V else "old"
-             for token, earlier, is_given in zip(tokens, before, given)]
+    def kind_of(i):
+        if given[i]:
+            return "given"
+        if tokens[i] == V:
+            return "hidden"
+        return "new" if before[i] == V else "old"
+
     text = []
-    for kind, run in itertools.groupby(range(len(tokens)), lambda i: kinds[i]):
+    for kind, run in itertools.groupby(range(len(tokens)), kind_of):
         ids = [tokens[i] for i in run]     # decoded together: a character may take several tokens
         written = HIDDEN * len(ids) if kind == "hidden" else tokenizer.decode(ids)
         text += [(c, kind) for c in written]
@@ -138,9 +143,11 @@ def cells(tokens, before, given, tokenizer, V):
 
 def cut(text, stop):
     """Cells up to where `stop` is written. It does not count in a prompt, nor behind gaps."""
+    if not stop:
+        return text
     written = "".join("\0" if kind == "given" else c for c, kind in text)
-    end = written.find(stop) if stop else -1
-    return text if end < 0 or (HIDDEN, "hidden") in text[:end] else text[:end]
+    before = text[:len(written.split(stop)[0])]
+    return text if (HIDDEN, "hidden") in before else before
 
 
 def wrap(text, width):
@@ -238,11 +245,13 @@ def last_word_accuracy(model, passages, tokenizer, temperature=0, **way):
     by_length = defaultdict(list)
     for passage in passages:
         word = re.search(r" ?\w+(?=\W*$)", passage)
-        known = tokenizer.encode(passage[:word.start()][-20 * model.L:], unknown="drop")
+        before = passage[:word.start()][-20 * model.L:]      # more than the model can read
+        known = tokenizer.encode(before, unknown="drop")
         wanted = tokenizer.encode(word[0], unknown="drop")
-        x = torch.cat([known, wanted])[-model.L:]
-        z = torch.cat([known, torch.full_like(wanted, model.V)])[-model.L:]
-        by_length[len(x)].append(torch.stack([x, z]))
+        x = torch.cat([known, wanted])
+        z = torch.cat([known, torch.full_like(wanted, model.V)])
+        pair = torch.stack([x, z])[:, -model.L:]
+        by_length[pair.size(1)].append(pair)
     found = []
     for pairs in by_length.values():
         x, z = torch.stack(pairs, 1).to(model.embedding.weight.device)              # (B, T) each
@@ -359,9 +368,8 @@ def print_rows(rows, header=None):
 
 def bench(o):
     """Each model by each order and number of steps: a table, and bench.json."""
-    paths = o.bench.split(",")
-    loaded = [load(path, "--bench", o.device) for path in paths]
-    first, tokenizer, ckpt = loaded[0]
+    loaded = {path: load(path, "--bench", o.device) for path in o.bench.split(",")}
+    first_path, (first, tokenizer, ckpt) = next(iter(loaded.items()))
     corpus = load_corpus(ckpt["options"]["data"], tokenizer, first.L)
     judge = None
     if o.judge:
@@ -369,11 +377,11 @@ def bench(o):
     elif corpus.name != "stories":
         raise UserError("--bench: wants a judge; name an AR run with --judge")
     entrants = []
-    for path, (model, its_tokenizer, _) in zip(paths, loaded):
-        same_vocabulary(f"--bench {path}", its_tokenizer, model, paths[0], tokenizer, first)
+    for path, (model, its_tokenizer, _) in loaded.items():
+        same_vocabulary(f"--bench {path}", its_tokenizer, model, first_path, tokenizer, first)
         for name, way in ways_to_write(model, o.order, o.steps, o.threshold).items():
             name = f"{Path(path).stem} {name}".strip()
-            entrants.append((name, model, {**way, **warping(o)}))
+            entrants.append((name, model, way | warping(o)))
     rows = compare(entrants, judge, corpus, o.texts, o.seed)
     write_json(f"{o.out}/bench.json", {"options": vars(o), "versions": versions(), "rows": rows})
 
@@ -398,7 +406,7 @@ def main(argv):
         return bench(o)
     runs = Path("runs").glob("*/checkpoint.pt")
     path = Path(o.checkpoint or max(runs, key=os.path.getmtime, default=SHIPPED))
-    model, tokenizer, ckpt = load(path, "--checkpoint", o.device)
+    model, tokenizer, _ = load(path, "--checkpoint", o.device)
     if dlm.is_continuous(model) and o.threshold:
         raise UserError(f"--threshold: means nothing where tokens come out of noise, as in {path}; "
                         "use --steps")
