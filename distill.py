@@ -273,18 +273,16 @@ def plot_quality(rows):
 
 
 def teacher_path(o):
-    """The AR model to learn from: given, found in runs/, or trained first."""
+    """The folder of the AR model to learn from: given, found in runs/, or trained first."""
     if is_pretrained(o.teacher):
         return train_teacher.import_pretrained(o.teacher, o.context)
-    like = train_teacher.Options(tokenizer=o.tokenizer)
-    return Path(o.teacher or ar_model(o, 0, "teacher", like))
+    if o.teacher:
+        return Path(o.teacher)
+    return ar_model(o, 0, "teacher", train_teacher.Options(tokenizer=o.tokenizer))
 
 
 def load_models(o, ckpt=None):
-    """-> the teacher's path, teacher, student, judge and corpus. What is missing is trained first.
-
-    ckpt: of the run that goes on, if one does.
-    """
+    """-> the teacher's path, teacher, student, judge, corpus. ckpt: of the run that goes on."""
     device = pick_device(o.device)
     path = teacher_path(o)
     teacher, tokenizer, teacher_ckpt = load(path, "--teacher", device)
@@ -426,8 +424,7 @@ def most_steps(o, b):
     """Steps a block of the teacher of sdtt's first round."""
     N = o.steps or b
     if N // o.k < o.fewest:
-        raise UserError(f"--steps {N}: a round of k = {o.k} makes {N // o.k} steps of it, "
-                        f"below --fewest {o.fewest}")
+        raise UserError(f"--steps {N}: divided by --k {o.k} this is below --fewest {o.fewest}")
     return N
 
 
