@@ -176,13 +176,14 @@ def texts_for(o, teacher, ids):
         start = torch.randint(len(ids) - n + 1, ())
     windows = ids[start:start + n].unfold(0, L, 1)              # every one of them, as a view
     if o.target in dlm.ESTIMATORS:                              # as many as the teacher will score
-        return windows[(torch.arange(o.texts) * (len(windows) - 1) // (o.texts - 1)).unique()]
+        places = torch.arange(o.texts) * (len(windows) - 1) // (o.texts - 1)
+        return windows[places.unique()]
     return windows
 
 
 def score_texts(o, teacher, texts, b):
     """The concrete scores of all texts, once: candidates and probabilities (n, L, K)."""
-    print(f"the teacher scores {len(texts)} texts, once", flush=True)
+    print(f"the teacher scores {len(texts)} texts, once")
     at_once = 4 if texts.device.type == "cpu" else 64           # a CPU's cache is small
     at_once = at_once * 64 // texts.size(1)                     # and memory is, for long texts
     at_once = max(1, at_once * 8192 // max(8192, teacher.V))    # and many words
@@ -440,7 +441,7 @@ def rounds(o):
     student = o.student
     while N // o.k >= o.fewest:
         N //= o.k
-        print(f"\n{N * o.k} steps a block become {N}", flush=True)
+        print(f"\n{N * o.k} steps a block become {N}")
         part = replace(o, steps=N * o.k, fewest=N, block=b, student=student)
         student = finish(part, f"{base}-{N}steps")
     return student
@@ -465,15 +466,15 @@ def table_in(path):
 
 def main_job(o):
     """TCS, SDTT from its student, and OPDLM, each a run; then one table and one figure of all."""
-    parts = {method: replace(o, method=method, texts=max(16, o.texts // 2),
-                             updates=max(1, round(o.updates * share)))
-             for method, share in SHARES.items()}
-    for part in parts.values():
-        choose_method(part)                             # refuses now what it would later
+    parts = {}
+    for method, share in SHARES.items():
+        updates = max(1, round(o.updates * share))
+        parts[method] = replace(o, method=method, updates=updates, texts=max(16, o.texts // 2))
+        choose_method(parts[method])                    # refuses now what it would later
     if o.block:
         most_steps(o, o.block)
     print("a teacher (and a judge, but for stories), then TCS, SDTT and OPDLM: with the defaults "
-          "5 to 8 minutes on 2 cores", flush=True)
+          "5 to 8 minutes on 2 cores")
     folder = Path(o.out or "runs/" + run_name(o, "all", f"-b{o.block}"))
     table, b = before_training(o, folder)
     tcs = finish(parts["tcs"], f"{folder}-tcs")

@@ -173,7 +173,7 @@ def show(texts, height=0):
             lines.append("".join(colours.get(kind, "{}").format(c) for c, kind in line))
     if height:
         print(f"\033[{height}A\033[J", end="")
-    print("\n".join(lines), flush=True)
+    print("\n".join(lines))
     return len(lines)
 
 
@@ -192,25 +192,24 @@ def draw_gif(frames, path):
             for column, (c, kind) in enumerate(line):
                 draw.text((10 + 9 * column, 10 + 20 * row), c, INKS[kind], font)
     first, *others = pictures + pictures[-1:] * 20           # the last one stays
-    how = {"save_all": True, "append_images": others, "duration": 120, "loop": 0}
-    replace_file(path, lambda f: first.save(f, "GIF", **how), "--gif")
+    replace_file(path, lambda f: first.save(f, "GIF", save_all=True, append_images=others,
+                                            duration=120, loop=0), "--gif")
 
 
 def warping(o):
     return {"temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p}
 
 
-def show_writing(o, model, tokenizer, begin, states):
-    """Shows the texts that states (B, T) end in, and with --watch and --gif how they come about."""
-    given = (begin < model.V).tolist()
+def show_writing(o, model, tokenizer, before, states):
+    """Shows how the states (B, T) after `before` end, with --watch and --gif how they get there."""
+    given = (before < model.V).tolist()
 
-    def texts_of(now, before):
-        return [cut(cells(*row, tokenizer, model.V), o.stop)
-                for row in zip(now.tolist(), before.tolist(), given)]
+    def texts_of(now, earlier):
+        rows = zip(now.tolist(), earlier.tolist(), given)
+        return [cut(cells(*row, tokenizer, model.V), o.stop) for row in rows]
 
     height = 0
     frames = []
-    before = begin
     for now in states:
         if (o.watch or o.gif or o.stop) and not torch.equal(now, before):
             texts = texts_of(now, before)
@@ -252,12 +251,12 @@ def last_word_accuracy(model, passages, tokenizer, temperature=0, **way):
         z = torch.cat([known, torch.full_like(wanted, model.V)])
         pair = torch.stack([x, z])[:, -model.L:]
         by_length[pair.size(1)].append(pair)
-    found = []
+    found = 0
     for pairs in by_length.values():
         x, z = torch.stack(pairs, 1).to(model.embedding.weight.device)              # (B, T) each
         written = dlm.generate(model, len(z), given=z, temperature=0, **way)
-        found += (written == x).all(1).tolist()
-    return sum(found) / max(1, len(found))
+        found += int((written == x).all(1).sum())
+    return found / max(1, len(passages))
 
 
 def ways_to_write(model, order="", steps=0, threshold=0.0, most=0):
@@ -363,7 +362,7 @@ def print_rows(rows, header=None):
                 line += form.format(**row).rjust(10)
             except KeyError:                                 # was not measured
                 line += " " * 10
-        print(line, flush=True)
+        print(line)
 
 
 def bench(o):
@@ -399,8 +398,7 @@ def load_judge(path, option, device, whose, tokenizer, model):
 def main(argv):
     o = parse(Options, argv, __doc__)
     if o.threshold and o.order == "ancestral":
-        raise UserError("--order ancestral: chance alone decides what comes; "
-                        "with --threshold use another order")
+        raise UserError("--order ancestral: goes by chance alone; with --threshold use another")
     o.device = pick_device(o.device)
     if o.bench:
         return bench(o)
