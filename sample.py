@@ -69,15 +69,16 @@ class Options:
 
 def read_prompt(o, model, tokenizer):
     """-> the state to start from (T,): tokens to keep, [MASK] in the gaps and after the prompt."""
+    mask = model.V
     z = []
     for part in re.split("(_{3,})", o.prompt):
         if part.startswith("___"):
-            z += [model.V] * len(part)
+            z += [mask] * len(part)
         else:
             z += tokenizer.encode(part, "--prompt").tolist()
-    length = o.length or (len(z) if model.V in z else model.L)
-    z += [model.V] * (length - len(z))
-    if len(z) > length or model.V not in z:
+    length = o.length or (len(z) if mask in z else model.L)
+    z += [mask] * (length - len(z))
+    if len(z) > length or mask not in z:
         raise UserError(f"--prompt: {len(z)} tokens leave no room in {length}; shorten it, "
                         "ask for more with --length, or leave a ___ gap")
     return torch.tensor(z)
