@@ -14,6 +14,7 @@ if __name__ == "__main__":  # torch takes a second to import: until run_script, 
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import copy
+import itertools
 import json
 import math
 import time
@@ -43,6 +44,7 @@ SHARES = {"tcs": 0.6, "sdtt": 0.08, "opdlm": 0.3}    # of --updates, with --meth
 ON_A_GPU = {"data": "docs", "context": 256, "updates": 2000, "batch_size": 32, "texts": 4096,
             "block": 16, "candidates": 4, "judged": 64}
 PRESETS = {  # for pre-trained teachers: options that the command line does not give
+    "": {},
     "laptop-smollm2": {"data": "docs", "teacher": "smollm2", "block": 16, "updates": 120,
                        "batch_size": 4, "texts": 160, "candidates": 4, "judged": 16},
     "gpu-smollm2": {"teacher": "smollm2", **ON_A_GPU},
@@ -53,17 +55,13 @@ COLLAPSED = 20      # nats, added to the validation of a student below that floo
 
 @dataclass
 class Options(train_teacher.RunOptions):
-    method: str = option("all", "states and target; all: tcs, sdtt from its student, and opdlm, "
-                         "with .6, .08 and .3 of --updates and half of --texts",
-                         ("all", *METHODS))
-    states: str = option("", "data: masked text; teacher: masked texts by the teacher; "
-                         "rollout: the student's own blocks; empty: the method's",
-                         ("", "data", "teacher", "rollout"))
-    target: str = option("", "onehot: the text; prefix: p_T(x_i|x_<i); the others are "
-                         "estimators of TCS; empty: the method's",
-                         ("", "onehot", "prefix", *dlm.ESTIMATORS))
-    preset: str = option("", "options for a pre-trained teacher that are known to work",
-                         ("", *PRESETS))
+    method: str = option("all", "states and target; all: tcs, sdtt from its student, opdlm, with "
+                         ".6, .08, .3 of --updates and half of --texts", ("all", *METHODS))
+    states: str = option("", "data: masked text; teacher: masked texts of its own; rollout: the "
+                         "student's; empty: the method's", ("", "data", "teacher", "rollout"))
+    target: str = option("", "onehot: the text; prefix: p_T(x_i|x_<i); others: estimators of TCS; "
+                         "empty: the method's", ("", "onehot", "prefix", *dlm.ESTIMATORS))
+    preset: str = option("", "options that work with a pre-trained teacher", PRESETS)
     teacher: str = option("", "an AR checkpoint; smollm2, hf:NAME of the hub, or a folder that "
                           "transformers saved; empty: the one in runs/, trained if missing")
     context: int = option(64, "tokens of a text, if the teacher is a pre-trained one", at_least=2)
@@ -74,14 +72,13 @@ class Options(train_teacher.RunOptions):
     batch_size: int = option(8, "texts an update", at_least=1)
     lr: float = option(0.0, "Muon's learning rate; AdamW's is 0.15 of it; 0: .002, for stories "
                        ".006, from random weights .02; of pre-trained models AdamW's: 5e-5")
-    divergence: str = option("forward", "forward, reverse, tvd or mse, between target and student",
+    divergence: str = option("forward", "of target and student",
                              ("forward", "reverse", "tvd", "mse"))
-    fraction: float = option(1.0, "share of the training text that the student sees, from a place "
-                             "that the seed chooses", at_most=1)
+    fraction: float = option(1.0, "share of the training text: a stretch that the seed chooses",
+                             at_most=1)
     texts: int = option(2048, "texts that the teacher writes or scores, once", at_least=16)
     candidates: int = option(16, "K, candidates that topk and grad+topk score", at_least=1)
-    judged: int = option(256, "texts a row of the table, and held-out texts that choose the "
-                         "weights", at_least=4)
+    judged: int = option(256, "texts a row of the table, and to choose the weights by", at_least=4)
     unseen: str = option("", "other text files, with commas: their bound is reported, too")
     order: str = option("spread", "order in which rollouts are written", dlm.ORDERS[1:])
     steps: int = option(0, "steps a block of rollouts and of sdtt's first teacher; 0: one a token")
@@ -179,13 +176,14 @@ def texts_for(o, teacher, ids):
         start = torch.randint(len(ids) - n + 1, ())
     windows = ids[start:start + n].unfold(0, L, 1)              # every one of them, as a view
     if o.target in dlm.ESTIMATORS:                              # as many as the teacher will score
-        return windows[(torch.arange(o.texts) * (len(windows) - 1) // (o.texts - 1)).unique()]
+        places = torch.arange(o.texts) * (len(windows) - 1) // (o.texts - 1)
+        return windows[places.unique()]
     return windows
 
 
 def score_texts(o, teacher, texts, b):
     """The concrete scores of all texts, once: candidates and probabilities (n, L, K)."""
-    print(f"the teacher scores {len(texts)} texts, once", flush=True)
+    print(f"the teacher scores {len(texts)} texts, once")
     at_once = 4 if texts.device.type == "cpu" else 64           # a CPU's cache is small
     at_once = at_once * 64 // texts.size(1)                     # and memory is, for long texts
     at_once = max(1, at_once * 8192 // max(8192, teacher.V))    # and many words
@@ -239,10 +237,10 @@ class Distillation:
         order = "left" if dlm.is_continuous(student) else o.order
         with dlm.seeded(0):
             number = max(1, o.judged // 4)
-            given = sample.beginnings(student, self.held[:number])
+            _, given = sample.beginnings(student, self.held, number)
             written = dlm.generate(student, number, min(steps, 16), given, order=order)
         value = dlm.bound(student, self.held)[0] + dlm.bound(self.teacher, written)[0]
-        real = dlm.entropy(self.held[:len(written)])       # as many: it grows with their number
+        real = dlm.entropy(self.held[:number])             # as many: it grows with their number
         its_own = dlm.entropy(written)
         if its_own < FLOOR * real:
             tqdm.write(f"warning: what the student writes has {its_own:.2f} nats of entropy, "
@@ -256,6 +254,10 @@ class Distillation:
 
 def plot_quality(rows):
     """Quality and entropy against calls; the first two rows, text and AR teacher, as lines."""
+    def line_of(r):
+        how = "threshold" if "threshold" in r else r.get("order", "left")
+        return r["what"].split(",")[0] + ", " + how
+
     fig, axes = train_teacher.subplots(2, (8, 3.2))
     quality = ("judge_nll", "judge NLL, nats per token")
     if "right" in rows[0]:
@@ -263,12 +265,8 @@ def plot_quality(rows):
     for ax, (key, label) in zip(axes, [quality, ("entropy", "unigram entropy, nats")]):
         for r, style in zip(rows[:2], (":", "--")):
             ax.axhline(r.get(key, math.nan), color="0.5", linestyle=style, label=r["what"])
-        lines = {}
-        for r in rows[2:]:
-            how = "threshold" if "threshold" in r else r.get("order", "left")
-            name = r["what"].split(",")[0] + ", " + how
-            lines.setdefault(name, []).append((r["calls"], r.get(key, math.nan)))
-        for (name, points), marker in zip(lines.items(), "os^vD<>ph*"):
+        for (name, of_line), marker in zip(itertools.groupby(rows[2:], line_of), "os^vD<>ph*"):
+            points = [(r["calls"], r.get(key, math.nan)) for r in of_line]
             ax.plot(*zip(*points), "k-" + marker, markerfacecolor="none", label=name)
         ax.set(xlabel="network calls for a text", ylabel=label)
     axes[1].legend(fontsize=6)
@@ -276,18 +274,17 @@ def plot_quality(rows):
 
 
 def teacher_path(o):
-    """The AR model to learn from: given, found in runs/, or trained first."""
+    """The folder of the AR model to learn from: given, found in runs/, or trained first."""
     if is_pretrained(o.teacher):
         return train_teacher.import_pretrained(o.teacher, o.context)
-    like = train_teacher.Options(tokenizer=o.tokenizer)
-    return Path(o.teacher or ar_model(o, 0, "teacher", like))
+    if o.teacher:
+        return Path(o.teacher)
+    return ar_model(o, 0, "teacher", train_teacher.Options(tokenizer=o.tokenizer))
 
 
-def load_models(o, device, folder, ckpt):
-    """-> the teacher's path, teacher, student, judge and corpus. What is missing is trained first.
-
-    folder, ckpt: of the run that goes on, if one does.
-    """
+def load_models(o, ckpt=None):
+    """-> the teacher's path, teacher, student, judge, corpus. ckpt: of the run that goes on."""
+    device = pick_device(o.device)
     path = teacher_path(o)
     teacher, tokenizer, teacher_ckpt = load(path, "--teacher", device)
     if teacher.b != 1:
@@ -297,27 +294,23 @@ def load_models(o, device, folder, ckpt):
 
     like = train_teacher.options_of(teacher_ckpt)
     spec = tokenizer
-    pretrained = tokenizer.kind == "pretrained"
-    if pretrained:                      # its tokens suit any text; the judge reads characters
+    if tokenizer.kind == "pretrained":  # its tokens suit any text; the judge reads characters
         like = JUDGE_OF_TEXT
     elif o.teacher:                     # it may have learned from any text, in the same tokens
         spec = like.tokenizer
     corpus = train_teacher.load_corpus(o.data, spec, teacher.L)
-    same_vocabulary(f"--teacher {path}", tokenizer, teacher,
-                    f"--data {o.data}", corpus.tokenizer, teacher)
+    whose = f"--teacher {path}"
+    same_vocabulary(whose, tokenizer, teacher, f"--data {o.data}", corpus.tokenizer, teacher)
     if not o.teacher:
         same_text(path, teacher_ckpt, corpus)
     if ckpt:
-        same_text(folder, ckpt, corpus)
+        same_text(o.resume, ckpt, corpus)
 
     judge = None
     if corpus.name != "stories":        # where each story is right or wrong
-        judge_path = ar_model(o, like.seed + 1, "judge", like)
-        judge = load(judge_path, "the judge,", device)
-        if not pretrained:
-            same_text(judge_path, judge[2], corpus)
-            same_vocabulary(f"--teacher {path}", tokenizer, teacher,
-                            f"the judge, {judge_path}", judge[1], judge[0])
+        folder = ar_model(o, like.seed + 1, "judge", like)
+        judge = sample.load_judge(folder, "the judge,", device, whose, tokenizer, teacher)
+        same_text(folder, judge[2], corpus)
     return path, teacher, student, judge, corpus
 
 
@@ -335,8 +328,7 @@ def make_student(o, teacher, tokenizer, device):
     if D and isinstance(start, Pretrained):
         raise UserError("--noise gaussian: with a pre-trained teacher only --noise mask works")
     if start.b > 1 and start.c.D != D:
-        raise UserError(f"--student {o.student}: {'noise' if start.c.D else 'masks'} hid its "
-                        "tokens; --noise must be the same")
+        raise UserError(f"--student {o.student}: was trained with another --noise; use the same")
     student = train_teacher.new_model(c).to(device)
     if o.student != "random":
         student.load_state_dict(start.state_dict(), strict=False)
@@ -347,11 +339,10 @@ def make_student(o, teacher, tokenizer, device):
 
 def run(o, ckpt=None):
     """One method: trains into its folder, and reports."""
-    device = pick_device(o.device)
     o = choose_method(o)
     what = o.method if METHODS[o.method] == (o.states, o.target) else f"{o.states}-{o.target}"
     folder = train_teacher.folder_of(o, run_name(o, what, f"-b{o.block}"))
-    path, teacher, student, judge, corpus = load_models(o, device, folder, ckpt)
+    path, teacher, student, judge, corpus = load_models(o, ckpt)
     start = time.time()
     method = Distillation(o, teacher, student, corpus)
     more = {"teacher": str(path), "teacher_seconds": time.time() - start}   # writing, scoring
@@ -370,7 +361,8 @@ def let_write(name, model, teacher, judge, corpus, o, most):
         ways = {f"{k} a step": {"order": "left", "steps": model.b // k}
                 for k in (1, 2, 4) if model.b % k == 0}
     entrants = [("AR teacher", teacher, {})]
-    entrants += [(f"{name}, {way_name}".strip(", "), model, way) for way_name, way in ways.items()]
+    for how, way in ways.items():
+        entrants.append((f"{name}, {how}".strip(", "), model, way))
     return sample.compare(entrants, judge, corpus, o.judged if judge else 4 * o.judged)
 
 
@@ -414,18 +406,18 @@ def finish(o, folder):
     """Runs into the folder, or goes on there; a finished run stays as it is -> the folder."""
     folder = str(Path(folder))                                  # as a run keeps it
     o = replace(o, out=folder)
-    ckpt = None
-    if Path(folder, "checkpoint.pt").exists() and not o.overwrite:
-        asked = replace(o, resume=folder)
-        kept, ckpt = resumed(asked, [])
-        if choose_method(asked) != replace(kept, overwrite=False):
-            raise UserError(f"--out {folder}: holds a run with other options; "
-                            "--overwrite replaces it, or name another")
-        o = kept
-    if ckpt and ckpt["trainer"]["done"] == o.updates and Path(folder, "metrics.json").exists():
-        print(f"{folder}: finished before, and kept; --overwrite makes it anew")
+    if o.overwrite or not Path(folder, "checkpoint.pt").exists():
+        run(o)
+        return folder
+    o = replace(o, resume=folder)
+    kept, ckpt = resumed(o, [])
+    if choose_method(o) != replace(kept, overwrite=False):
+        raise UserError(f"--out {folder}: holds a run with other options; "
+                        "--overwrite replaces it, or name another")
+    if ckpt["trainer"]["done"] < o.updates or not Path(folder, "metrics.json").exists():
+        run(kept, ckpt)
     else:
-        run(o, ckpt)
+        print(f"{folder}: finished before, and kept; --overwrite makes it anew")
     return folder
 
 
@@ -433,8 +425,7 @@ def most_steps(o, b):
     """Steps a block of the teacher of sdtt's first round."""
     N = o.steps or b
     if N // o.k < o.fewest:
-        raise UserError(f"--steps {N}: a round of k = {o.k} makes {N // o.k} steps of it, "
-                        f"below --fewest {o.fewest}")
+        raise UserError(f"--steps {N}: divided by --k {o.k} this is below --fewest {o.fewest}")
     return N
 
 
@@ -449,8 +440,8 @@ def rounds(o):
     base = o.out or "runs/" + run_name(o, o.method, f"-b{b}")
     student = o.student
     while N // o.k >= o.fewest:
-        N = N // o.k
-        print(f"\n{N * o.k} steps a block become {N}", flush=True)
+        N //= o.k
+        print(f"\n{N * o.k} steps a block become {N}")
         part = replace(o, steps=N * o.k, fewest=N, block=b, student=student)
         student = finish(part, f"{base}-{N}steps")
     return student
@@ -458,9 +449,7 @@ def rounds(o):
 
 def before_training(o, folder):
     """The first rows of the main job's table, and b: text, the AR teacher, its weights opened."""
-    o = replace(o, method="opdlm")
-    device = pick_device(o.device)
-    _, teacher, student, judge, corpus = load_models(o, device, folder, None)
+    _, teacher, student, judge, corpus = load_models(o)
     b = student.b
     if teacher.L % b:
         raise UserError(f"--block {b}: does not divide the context of {teacher.L}, as opdlm needs")
@@ -477,15 +466,15 @@ def table_in(path):
 
 def main_job(o):
     """TCS, SDTT from its student, and OPDLM, each a run; then one table and one figure of all."""
-    parts = {method: replace(o, method=method, texts=max(16, o.texts // 2),
-                             updates=max(1, round(o.updates * share)))
-             for method, share in SHARES.items()}
-    for part in parts.values():
-        choose_method(part)                             # refuses now what it would later
+    parts = {}
+    for method, share in SHARES.items():
+        updates = max(1, round(o.updates * share))
+        parts[method] = replace(o, method=method, updates=updates, texts=max(16, o.texts // 2))
+        choose_method(parts[method])                    # refuses now what it would later
     if o.block:
         most_steps(o, o.block)
     print("a teacher (and a judge, but for stories), then TCS, SDTT and OPDLM: with the defaults "
-          "5 to 8 minutes on 2 cores", flush=True)
+          "5 to 8 minutes on 2 cores")
     folder = Path(o.out or "runs/" + run_name(o, "all", f"-b{o.block}"))
     table, b = before_training(o, folder)
     tcs = finish(parts["tcs"], f"{folder}-tcs")
@@ -503,10 +492,8 @@ def main_job(o):
 
 
 def main(argv):
-    o = parse(Options, argv, __doc__)
-    if o.preset:
-        o = parse(Options, argv, __doc__, PRESETS[o.preset])
-    o, ckpt = resumed(o, argv)
+    preset = parse(Options, argv, __doc__).preset
+    o, ckpt = resumed(parse(Options, argv, __doc__, PRESETS[preset]), argv)
     if ckpt or o.method not in ("all", "sdtt"):
         run(o, ckpt)
     elif o.method == "sdtt":

@@ -13,6 +13,7 @@ if __name__ == "__main__":  # torch takes a second to import: until run_script, 
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import itertools
+import math
 import re
 import shutil
 import sys
@@ -33,12 +34,11 @@ SHIPPED = Path(__file__).parent / "assets" / "dlm-docs-whole.pt"  # to see somet
 HIDDEN = "░"
 COLOURS = {"given": "\033[36m{}\033[0m", "hidden": "\033[2m{}\033[0m", "new": "\033[1;32m{}\033[0m"}
 INKS = {"given": "#0a7d8c", "hidden": "#bbbbbb", "new": "#1a9641", "old": "#222222"}
-PROSE = {"judge": ("judge_nll", "{:.3f}"), "bigrams": ("bigram_entropy", "{:.2f}"),
-         "copied": ("copied", "{:.1%}"), "last word": ("last_word", "{:.0%}")}
-STORIES = {"right": ("right", "{:.1%}"), "distinct": ("distinct", "{:.1%}"),
-           "known": ("known", "{:.1%}")}
-ALL = {"text": ("nll", "{:.3f}"), "entropy": ("entropy", "{:.2f}"), "calls": ("calls", "{:.1f}"),
-       "1 text": ("seconds_1", "{[1]:.3f} s"), "32 texts": ("seconds_32", "{[1]:.3f} s")}
+PROSE = {"judge": "{judge_nll:.3f}", "bigrams": "{bigram_entropy:.2f}", "copied": "{copied:.1%}",
+         "last word": "{last_word:.0%}"}
+STORIES = {"right": "{right:.1%}", "distinct": "{distinct:.1%}", "known": "{known:.1%}"}
+ALL = {"text": "{nll:.3f}", "entropy": "{entropy:.2f}", "calls": "{calls:.1f}",
+       "1 text": "{seconds_1[1]:.3f} s", "32 texts": "{seconds_32[1]:.3f} s"}       # medians
 
 
 @dataclass
@@ -69,15 +69,16 @@ class Options:
 
 def read_prompt(o, model, tokenizer):
     """-> the state to start from (T,): tokens to keep, [MASK] in the gaps and after the prompt."""
+    mask = model.V
     z = []
     for part in re.split("(_{3,})", o.prompt):
         if part.startswith("___"):
-            z += [model.V] * len(part)
+            z += [mask] * len(part)
         else:
             z += tokenizer.encode(part, "--prompt").tolist()
-    length = o.length or (len(z) if model.V in z else model.L)
-    z += [model.V] * (length - len(z))
-    if len(z) > length or model.V not in z:
+    length = o.length or (len(z) if mask in z else model.L)
+    z += [mask] * (length - len(z))
+    if len(z) > length or mask not in z:
         raise UserError(f"--prompt: {len(z)} tokens leave no room in {length}; shorten it, "
                         "ask for more with --length, or leave a ___ gap")
     return torch.tensor(z)
@@ -126,10 +127,15 @@ def show_corrections(o, model, tokenizer):
 
 def cells(tokens, before, given, tokenizer, V):
     """The state `tokens` (T,), which followed `before`, as (character, kind) pairs."""
-    kinds = ["given" if is_given else "hidden" if token == V else "new" if earlier == V else "old"
-             for token, earlier, is_given in zip(tokens, before, given)]
+    def kind_of(i):
+        if given[i]:
+            return "given"
+        if tokens[i] == V:
+            return "hidden"
+        return "new" if before[i] == V else "old"
+
     text = []
-    for kind, run in itertools.groupby(range(len(tokens)), lambda i: kinds[i]):
+    for kind, run in itertools.groupby(range(len(tokens)), kind_of):
         ids = [tokens[i] for i in run]     # decoded together: a character may take several tokens
         written = HIDDEN * len(ids) if kind == "hidden" else tokenizer.decode(ids)
         text += [(c, kind) for c in written]
@@ -138,9 +144,11 @@ def cells(tokens, before, given, tokenizer, V):
 
 def cut(text, stop):
     """Cells up to where `stop` is written. It does not count in a prompt, nor behind gaps."""
+    if not stop:
+        return text
     written = "".join("\0" if kind == "given" else c for c, kind in text)
-    end = written.find(stop) if stop else -1
-    return text if end < 0 or (HIDDEN, "hidden") in text[:end] else text[:end]
+    before = text[:len(written.split(stop)[0])]
+    return text if (HIDDEN, "hidden") in before else before
 
 
 def wrap(text, width):
@@ -164,7 +172,9 @@ def show(texts, height=0):
         lines.append(f"--- {number}")
         for line in wrap(text, width):
             lines.append("".join(colours.get(kind, "{}").format(c) for c, kind in line))
-    print((f"\033[{height}A\033[J" if height else "") + "\n".join(lines), flush=True)
+    if height:
+        print(f"\033[{height}A\033[J", end="")
+    print("\n".join(lines))
     return len(lines)
 
 
@@ -174,43 +184,44 @@ def draw_gif(frames, path):
     from PIL import Image, ImageDraw, ImageFont
     font = ImageFont.truetype(findfont("DejaVu Sans Mono"), 15)
     frames = [wrap(text, 72) for text in frames]
-    size = (9 * 72 + 20, 20 * max(len(lines) for lines in frames) + 20)
-    pictures = [Image.new("RGB", size, "white") for _ in frames]
-    for picture, lines in zip(pictures, frames):
+    size = (9 * 72 + 20, 20 * max(map(len, frames)) + 20)
+    pictures = []
+    for lines in frames:
+        pictures.append(Image.new("RGB", size, "white"))
+        draw = ImageDraw.Draw(pictures[-1])
         for row, line in enumerate(lines):
             for column, (c, kind) in enumerate(line):
-                ImageDraw.Draw(picture).text((10 + 9 * column, 10 + 20 * row), c, INKS[kind], font)
-    replace_file(path, lambda f: pictures[0].save(f, "GIF", save_all=True, duration=120, loop=0,
-                 append_images=pictures[1:] + pictures[-1:] * 20), "--gif")  # the last one stays
+                draw.text((10 + 9 * column, 10 + 20 * row), c, INKS[kind], font)
+    first, *others = pictures + pictures[-1:] * 20           # the last one stays
+    replace_file(path, lambda f: first.save(f, "GIF", save_all=True, append_images=others,
+                                            duration=120, loop=0), "--gif")
 
 
 def warping(o):
     return {"temperature": o.temperature, "top_k": o.top_k, "top_p": o.top_p}
 
 
-def write(o, model, tokenizer, z):
-    """Writes into z (B, T) and shows the texts."""
-    given = (z < model.V).tolist()
+def show_writing(o, model, tokenizer, before, states):
+    """Shows how the states (B, T) after `before` end, with --watch and --gif how they get there."""
+    given = (before < model.V).tolist()
 
-    def texts_of(now, before):
-        return [cut(cells(*row, tokenizer, model.V), o.stop)
-                for row in zip(now.tolist(), before.tolist(), given)]
+    def texts_of(now, earlier):
+        rows = zip(now.tolist(), earlier.tolist(), given)
+        return [cut(cells(*row, tokenizer, model.V), o.stop) for row in rows]
 
-    torch.manual_seed(o.seed)
-    states = dlm.sample(model, z, o.steps, o.order, o.threshold, **warping(o))
     height = 0
     frames = []
-    for before, now in itertools.pairwise(states):
-        if torch.equal(now, before) or not (o.watch or o.gif or o.stop):
-            continue
-        texts = texts_of(now, before)
-        frames.append(texts[0])
-        if o.watch and sys.stdout.isatty():
-            height = show(texts, height)
-            time.sleep(0.08)
-        finished = all((HIDDEN, "hidden") not in text for text in texts)
-        if finished and not dlm.is_continuous(model):        # whose first guesses change
-            break
+    for now in states:
+        if (o.watch or o.gif or o.stop) and not torch.equal(now, before):
+            texts = texts_of(now, before)
+            frames.append(texts[0])
+            if o.watch and sys.stdout.isatty():
+                height = show(texts, height)
+                time.sleep(0.08)
+            finished = (HIDDEN, "hidden") not in itertools.chain(*texts)
+            if finished and not dlm.is_continuous(model):    # whose first guesses change
+                break
+        before = now
     texts = texts_of(now, now)
     show(texts, height)
     if o.gif:
@@ -218,11 +229,12 @@ def write(o, model, tokenizer, z):
 
 
 def passages(corpus, n=256):
-    """Held-out text, cut behind n of its words: list of strings."""
+    """Held-out text, cut behind at most n of its words: list of strings."""
     held_out = corpus.tokenizer.decode(corpus.parts["test"])
     ends = [match.end() for match in re.finditer(r"\w+", held_out)]
-    ends = ends[len(ends) // 10:]  # each has something before it
-    return [held_out[:end] for end in ends[::max(1, -(-len(ends) // n))]]
+    ends = ends[len(ends) // 10:]           # each has something before it
+    every = math.ceil(len(ends) / n) or 1
+    return [held_out[:end] for end in ends[::every]]
 
 
 def last_word_accuracy(model, passages, tokenizer, temperature=0, **way):
@@ -233,17 +245,19 @@ def last_word_accuracy(model, passages, tokenizer, temperature=0, **way):
     by_length = defaultdict(list)
     for passage in passages:
         word = re.search(r" ?\w+(?=\W*$)", passage)
-        known = tokenizer.encode(passage[:word.start()][-20 * model.L:], unknown="drop")
+        before = passage[:word.start()][-20 * model.L:]      # more than the model can read
+        known = tokenizer.encode(before, unknown="drop")
         wanted = tokenizer.encode(word[0], unknown="drop")
-        x = torch.cat([known, wanted])[-model.L:]
-        z = torch.cat([known, torch.full_like(wanted, model.V)])[-model.L:]
-        by_length[len(x)].append(torch.stack([x, z]))
-    found = []
+        x = torch.cat([known, wanted])
+        z = torch.cat([known, torch.full_like(wanted, model.V)])
+        pair = torch.stack([x, z])[:, -model.L:]
+        by_length[pair.size(1)].append(pair)
+    found = 0
     for pairs in by_length.values():
         x, z = torch.stack(pairs, 1).to(model.embedding.weight.device)              # (B, T) each
         written = dlm.generate(model, len(z), given=z, temperature=0, **way)
-        found += (written == x).all(1).tolist()
-    return sum(found) / max(1, len(found))
+        found += int((written == x).all(1).sum())
+    return found / max(1, len(passages))
 
 
 def ways_to_write(model, order="", steps=0, threshold=0.0, most=0):
@@ -253,8 +267,8 @@ def ways_to_write(model, order="", steps=0, threshold=0.0, most=0):
     continuous student, more steps; unless one is given.
     """
     if model.b == 1:
-        return {"": {}}
-    if threshold:
+        ways = [{}]
+    elif threshold:
         ways = [{"order": order or "left", "steps": steps, "threshold": threshold}]
     else:
         orders = [order] if order else dlm.orders_of(model)
@@ -277,30 +291,29 @@ def compare(entrants, judge, corpus, B, seed=0):
     """
     model = entrants[0][1]
     held_out = consecutive(corpus.parts["test"], model.L, B).to(model.embedding.weight.device)
-    given = beginnings(model, held_out.repeat(B, 1)[:B])
-    begin = 0 if given is None else model.L // 4
-    ends = passages(corpus, min(B, 256))
+    begin, given = beginnings(model, held_out, B)
     rows = [{"what": "held-out text", **marks(held_out[:, begin:], judge, corpus)}]
     print_rows(rows, header=f"{B} texts")
     for what, model, way in entrants:
         with dlm.seeded(seed):
             row, x = dlm.write_at_cost(model, B, given, **way)
-            row |= cost_of_text(model, held_out[:128], way)
+            row |= cost_of_text(model, held_out[:128], **way)
             if judge:
-                row["last_word"] = last_word_accuracy(model, ends, corpus.tokenizer, **way)
+                row["last_word"] = last_word_accuracy(model, passages(corpus, min(B, 256)),
+                                                      corpus.tokenizer, **way)
         for size in (1,) if begin else (1, 32):              # 32 would take a minute
-            row[f"seconds_{size}"] = timed(lambda: dlm.generate(model, size, **way).cpu())
+            seconds = timeit.repeat(lambda: dlm.generate(model, size, **way).cpu(),
+                                    number=1, repeat=4)
+            row[f"seconds_{size}"] = sorted(seconds[1:])     # without the first, which warms up
         rows.append({"what": what, **row, **marks(x[:, begin:], judge, corpus)})
         print_rows(rows[-1:])
     return rows
 
 
-def cost_of_text(model, x, way):
-    """What texts x (n, L) cost a sampler, in nats a token. Known exactly in the order `left`."""
-    steps = way.get("steps", 0)
-    known = {"order": "left", "steps": steps, "threshold": 0.0,
-             "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    if dlm.is_continuous(model) or {**known, **way} != known:
+def cost_of_text(model, x, steps=0, order="left", threshold=0, temperature=1, top_k=0, top_p=1):
+    """What texts x (n, L) cost a sampler, in nats a token, where that is known exactly."""
+    way = order, threshold, temperature, top_k, top_p
+    if dlm.is_continuous(model) or way != ("left", 0, 1, 0, 1):
         return {}
     nll, error = dlm.nll_in_steps(model, x, steps)
     return {"nll": nll, "nll_se": error}
@@ -327,89 +340,86 @@ def marks(x, judge, corpus):
     return {**row, "samples": texts[:4]}
 
 
-def beginnings(model, x):
-    """Texts x (n, L) with all but the first quarter hidden, where `model` is a pre-trained one.
+def beginnings(model, x, B):
+    """Where a model begins to write, and B states (B, L) of which all from there on is hidden.
 
-    It has read of everything, so it is told what to write about. Other models: None.
+    A pre-trained model has read of everything, so the first quarter of texts x (n, L) tells it what
+    to write about. Other models begin with nothing.
     """
-    if not isinstance(model, Pretrained):
-        return None
-    z = x.clone()
-    z[:, model.L // 4:] = model.V
-    return z
-
-
-def timed(act):
-    """Three times the seconds of act(), ascending: the median is in the middle."""
-    act()                                                                # warms up
-    return sorted(timeit.repeat(act, number=1, repeat=3))
+    begin = model.L // 4 if isinstance(model, Pretrained) else 0
+    z = x.repeat(B, 1)[:B]
+    z[:, begin:] = model.V
+    return begin, z
 
 
 def print_rows(rows, header=None):
     columns = (STORIES if "right" in rows[0] else PROSE) | ALL
     if header:
-        print(f"\n{header:<42}" + "".join(f"{name:>10}" for name in columns))
+        print(f"\n{header:<42}" + "".join(name.rjust(10) for name in columns))
     for row in rows:
-        line = f"{row['what']:<42}"
-        for key, form in columns.values():
-            line += f"{form.format(row[key]) if key in row else '':>10}"
-        print(line, flush=True)
+        line = row["what"].ljust(42)
+        for form in columns.values():
+            try:
+                line += form.format(**row).rjust(10)
+            except KeyError:                                 # was not measured
+                line += " " * 10
+        print(line)
 
 
 def bench(o):
     """Each model by each order and number of steps: a table, and bench.json."""
-    paths = o.bench.split(",")
-    loaded = [load(path, "--bench", o.device) for path in paths]
-    first, tokenizer, ckpt = loaded[0]
+    loaded = {path: load(path, "--bench", o.device) for path in o.bench.split(",")}
+    first_path, (first, tokenizer, ckpt) = next(iter(loaded.items()))
     corpus = load_corpus(ckpt["options"]["data"], tokenizer, first.L)
-    judge = load_judge(o, first, tokenizer) if o.judge else None
-    if not judge and corpus.name != "stories":
+    judge = None
+    if o.judge:
+        judge = load_judge(o.judge, "--judge", o.device, f"--bench {o.bench}", tokenizer, first)
+    elif corpus.name != "stories":
         raise UserError("--bench: wants a judge; name an AR run with --judge")
     entrants = []
-    for path, (model, its_tokenizer, _) in zip(paths, loaded):
-        same_vocabulary(f"--bench {path}", its_tokenizer, model, paths[0], tokenizer, first)
+    for path, (model, its_tokenizer, _) in loaded.items():
+        same_vocabulary(f"--bench {path}", its_tokenizer, model, first_path, tokenizer, first)
         for name, way in ways_to_write(model, o.order, o.steps, o.threshold).items():
             name = f"{Path(path).stem} {name}".strip()
-            entrants.append((name, model, {**way, **warping(o)}))
+            entrants.append((name, model, way | warping(o)))
     rows = compare(entrants, judge, corpus, o.texts, o.seed)
     write_json(f"{o.out}/bench.json", {"options": vars(o), "versions": versions(), "rows": rows})
 
 
-def load_judge(o, model, tokenizer):
-    """The judge as `load` gives it. It reads what the models read, or their text."""
-    judge = load(o.judge, "--judge", o.device)
-    if judge[0].b != 1:
-        raise UserError(f"--judge {o.judge}: a diffusion model; name an AR one")
+def load_judge(path, option, device, whose, tokenizer, model):
+    """The judge of a model, as `load` gives it: it reads the same tokens, or any model's text."""
+    judge, its_tokenizer, ckpt = load(path, option, device)
+    if judge.b != 1:
+        raise UserError(f"{option} {path}: a diffusion model; name an AR one")
     if tokenizer.kind != "pretrained":
-        same_vocabulary(f"--bench {o.bench}", tokenizer, model,
-                        f"--judge {o.judge}", judge[1], judge[0])
-    return judge
+        same_vocabulary(whose, tokenizer, model, f"{option} {path}", its_tokenizer, judge)
+    return judge, its_tokenizer, ckpt
 
 
 def main(argv):
     o = parse(Options, argv, __doc__)
     if o.threshold and o.order == "ancestral":
-        raise UserError("--order ancestral: chance alone decides what comes; "
-                        f"with --threshold use {', '.join(dlm.ORDERS[1:])}")
+        raise UserError("--order ancestral: goes by chance alone; with --threshold use another")
     o.device = pick_device(o.device)
     if o.bench:
         return bench(o)
     runs = Path("runs").glob("*/checkpoint.pt")
     path = Path(o.checkpoint or max(runs, key=os.path.getmtime, default=SHIPPED))
-    model, tokenizer, ckpt = load(path, "--checkpoint", o.device)
+    model, tokenizer, _ = load(path, "--checkpoint", o.device)
     if dlm.is_continuous(model) and o.threshold:
         raise UserError(f"--threshold: means nothing where tokens come out of noise, as in {path}; "
                         "use --steps")
-    if o.order not in ("", *dlm.orders_of(model)):
-        raise UserError(f"--order {o.order}: {path} knows {', '.join(dlm.orders_of(model))}")
     if o.correct:
         return show_corrections(o, model, tokenizer)
     z = read_prompt(o, model, tokenizer).to(o.device)
+    torch.manual_seed(o.seed)
+    states = dlm.sample(model, z.expand(o.number, -1), o.steps, o.order, o.threshold, **warping(o))
+    begin = next(states)                    # refuses an order that the model does not know
     print(f"{path} (b = {model.b}), {o.device}, seed {o.seed}", file=sys.stderr)
     if unseen(z, model):
         print("note: tokens right of a gap's block are kept but not seen while it is written "
               f"(b = {model.b}); a model trained with --block 0 sees them", file=sys.stderr)
-    write(o, model, tokenizer, z.expand(o.number, -1))
+    show_writing(o, model, tokenizer, begin, states)
 
 
 if __name__ == "__main__":
