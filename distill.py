@@ -140,6 +140,7 @@ def halves(o, b, teacher, earlier_self, kept):
 
 def choose_method(o):
     """Fills in what the method says and the user did not, and refuses pairs that make no sense."""
+    train_teacher.part_of_batch(o)
     states, target = METHODS[o.method]
     rate = 0.002            # a higher one makes students forget what they know
     if o.data == "stories":

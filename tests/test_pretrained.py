@@ -330,3 +330,4 @@ def test_presets_give_way_to_the_command_line(monkeypatch):
 
 def test_parts_must_divide_the_batch(refused):
     assert "--parts 3" in refused("train", f"{TEXT} --parts 3 --batch_size 8 --out run")
+    assert "--parts 3" in refused("distill", "--data no.txt --parts 3")     # before anything is made
