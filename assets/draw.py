@@ -142,6 +142,24 @@ def main_job(kept):
     return markdown(["who writes", "calls a text", *columns, "seconds, 1 text", "32 texts"], rows)
 
 
+ON_PROSE = {"untrained": "untrained, blocks of four", "TCS": "TCS, blocks of four",
+            "OPDLM": "OPDLM, blocks of four", "plain, one block": "`plain`, one block of 64",
+            "prefix, one block": "`prefix`, one block of 64"}
+
+
+def prose(kept):
+    """The main job on prose by tokens a step: what text costs a model, and its texts the judge."""
+    ar = chosen(kept["table"], what="AR teacher")[0]
+    rows = [["AR teacher", f"{ar['nll']:.2f}", "", "", f"{ar['judge_nll']:.2f}", "", ""]]
+    for name, label in ON_PROSE.items():
+        by_calls = {r["calls"]: r for r in kept["table"] + kept["one block"]
+                    if r["what"].startswith(f"{name}, order left steps")}
+        rows.append([label, *(f"{by_calls[calls][key]:.2f}"
+                              for key in ("nll", "judge_nll") for calls in (64, 32, 16))])
+    head = ["tokens a step:", "text costs it: 1", "2", "4", "its texts cost a judge: 1", "2", "4"]
+    return markdown(head, rows)
+
+
 def orders(few):
     """A denoiser of the whole context: quality by order and steps."""
     names = ("ancestral", "confidence", "spread")
@@ -715,6 +733,7 @@ PICTURES = {"students": lambda: student_curves(read("students")),
             "frontier": lambda: frontier(read("few-steps-1024")),
             "levels": lambda: loss_by_noise(read("continuous"))}
 TABLES = {"main-job": lambda: main_job(read("main-job")),
+          "prose": lambda: prose(read("main-job-docs")),
           "docs-job": lambda: main_job(read("main-job-docs")),
           "slots": lambda: slot_table(read("students")),
           "students": lambda: student_table(read("students")),
