@@ -689,6 +689,49 @@ def frontier(kept):
     return fig
 
 
+WRITERS_OF_256 = {"plain": dict(who="plain"),
+                  "plain, 500 updates more": dict(who="plain, 500 updates more"),
+                  "SDTT, forward KL": dict(who="SDTT", kind="forward", steps=8),
+                  "SDTT, reverse KL": dict(who="SDTT", kind="reverse", steps=8),
+                  "SDTT, MSE": dict(who="SDTT", kind="mse", steps=8),
+                  "SDTT, k = 4, to 16 steps": dict(who="SDTT", kind="k4", steps=16)}
+
+
+def of_256(kept):
+    """Texts of 256 tokens, by order and steps: judge NLL, and what text costs; bound, last words."""
+    rows = []
+    for label, want in WRITERS_OF_256.items():
+        runs = chosen(kept["runs"], **want)
+        row = [label]
+        for order in ("ancestral", "left"):
+            for N in (8, 16, 32, 64):
+                row.append(stated(runs, lambda run: judged(row_of(run, order, N))))
+        costs = [fmean(row_of(run, "left", N)["nll"] for run in runs) for N in (8, 32, 64)]
+        row += [f"{nats:.2f}" for nats in costs]
+        row.append(f"{fmean(run['bound'] for run in runs):.2f}")
+        row.append(f"{fmean(run['last_words'] for run in runs):.1%}")
+        rows.append([*row, str(len(runs))])
+    ar = chosen(kept["runs"], who="AR teacher")[0]
+    nll, error = judged(ar["rows"][0])
+    rows.append(["AR teacher", *[""] * 7, f"{nll:.2f} ± {error:.2f}", "", "", "",
+                 f"{ar['bound']:.2f}", f"{ar['last_words']:.1%}", "1"])
+    head = ["ancestral 8", "16", "32", "64", "left 8", "16", "32", "64",
+            "text costs it 8", "32", "64", "bound", "last words", "seeds"]
+    return markdown(["steps:", *head], rows)
+
+
+def last_words(kept):
+    """Last words that students find, round after round of SDTT."""
+    rows = []
+    for kind, label in (("forward", "forward KL"), ("reverse", "reverse KL"), ("mse", "MSE")):
+        row = [label, f"{chosen(kept['runs'], who='plain', seed=0)[0]['last_words']:.1%}"]
+        for N in (128, 64, 32, 16, 8):
+            run = chosen(kept["runs"], who="SDTT", kind=kind, steps=N, seed=0)[0]
+            row.append(f"{run['last_words']:.1%}")
+        rows.append(row)
+    return markdown(["steps:", "256, before", "128", "64", "32", "16", "8"], rows)
+
+
 # --------------------------------------------------------------------------------------------------
 # The moving picture
 
@@ -753,7 +796,9 @@ TABLES = {"main-job": lambda: main_job(read("main-job")),
           "orders": lambda: orders(read("few-steps")),
           "rules": lambda: rules(read("rules")),
           "costs": lambda: costs(read("rules")),
-          "1024": lambda: long_texts(read("few-steps-1024"))}
+          "1024": lambda: long_texts(read("few-steps-1024")),
+          "256": lambda: of_256(read("few-steps-256")),
+          "last-words": lambda: last_words(read("few-steps-256"))}
 
 
 def with_tables(text):
