@@ -732,6 +732,55 @@ def last_words(kept):
     return markdown(["steps:", "256, before", "128", "64", "32", "16", "8"], rows)
 
 
+def by_calls_of_256(kept):
+    """Blocks of 64 beside one block of 256: judge NLL and what text costs, by calls."""
+    rows = []
+    for who, blocks in (("AR teacher", 1), ("plain", 1), ("plain, blocks of 64", 4),
+                        ("prefix, blocks of 64", 4)):
+        run = chosen(kept["runs"], who=who)[0]
+        plainly = [r for r in chosen(run["rows"], order="left") if "temperature" not in r]
+        by_calls = {blocks * r["steps"]: r for r in plainly}
+        if who == "AR teacher":
+            by_calls = {256: {**run["rows"][0], "nll": run["bound"]}}
+        for key, label in (("judge_nll", "judge NLL"), ("nll", "text costs")):
+            cells = [f"{by_calls[calls][key]:.2f}" if calls in by_calls else ""
+                     for calls in (256, 128, 64, 32, 16, 8)]
+            name = "plain, one block" if who == "plain" else who
+            rows.append([f"{name}: {label}", *cells])
+    return markdown(["calls:", "256", "128", "64", "32", "16", "8"], rows)
+
+
+def stories_of_256(kept):
+    """Stories in texts of 256 tokens: the share right, calls, and seconds of 1 and 8 texts."""
+    seconds = {(r["who"], r["batch"]): r["seconds"] for r in kept["seconds"]
+               if r["what"] == "stories of 256 tokens"}
+    rows = []
+    for run in kept["stories"]:
+        for r in run["rows"]:
+            how = [f"{r['steps']} steps a block"] if r.get("steps") else []
+            how += [f"{r['threshold']:.0%} sure"] if r.get("threshold") else []
+            way = {key: r[key] for key in ("steps", "threshold") if key in r and r[key]}
+            who = "ar" if run["who"] == "AR teacher" else f"{run['who'].replace(' = ', '')} {way}"
+            times = [f"{seconds[who, B]:.2f}" if (who, B) in seconds else "" for B in (1, 8)]
+            rows.append([run["who"], ", ".join(how), f"{r['calls']:.0f}",
+                         f"{r['right']:.1%} ± {r['right_se']:.1%}", f"{r['entropy']:.2f}", *times])
+    return markdown(["who writes", "how", "calls", "right", "entropy", "seconds, 1 text", "8"], rows)
+
+
+def sizes(kept):
+    """SDTT for denoisers of three sizes, 64 tokens: judge NLL before and after, last words."""
+    rows = []
+    for size in ("small", "medium", "large"):
+        for who, label in (("plain", "before"), ("sdtt", "after")):
+            for run in chosen(kept["sizes"], who=who, size=size):
+                quality = [f"{row_of(run, order, N)['judge_nll']:.2f}"
+                           for order in ("ancestral", "left") for N in (8, 32, 64)]
+                rows.append([f"{run['parameters'] / 1e6:.1f} M", label, *quality,
+                             f"{run['last_words']:.1%}"])
+    head = ["SDTT", "ancestral 8", "32", "64", "left 8", "32", "64", "last words"]
+    return markdown(["parameters", *head], rows)
+
+
 # --------------------------------------------------------------------------------------------------
 # The moving picture
 
@@ -798,7 +847,10 @@ TABLES = {"main-job": lambda: main_job(read("main-job")),
           "costs": lambda: costs(read("rules")),
           "1024": lambda: long_texts(read("few-steps-1024")),
           "256": lambda: of_256(read("few-steps-256")),
-          "last-words": lambda: last_words(read("few-steps-256"))}
+          "last-words": lambda: last_words(read("few-steps-256")),
+          "256-blocks": lambda: by_calls_of_256(read("few-steps-256")),
+          "256-stories": lambda: stories_of_256(read("few-steps-256")),
+          "sizes": lambda: sizes(read("few-steps-256"))}
 
 
 def with_tables(text):
