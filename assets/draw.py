@@ -370,13 +370,12 @@ def by_updates(ax, kept, data, way, title):
 
 def student_curves(kept):
     """What each method keeps of its teacher, and how well two tokens a step go."""
-    fig, axes = plt.subplots(2, 2, figsize=(9.5, 7), layout="constrained")
+    fig, axes = plt.subplots(2, 2, figsize=(9.5, 7))
     for ax, (data, way) in zip(axes.flat, itertools.product(("docs", "stories"), (ONE, TWO))):
         number = "one token a step, from the left" if way == ONE else "two tokens a step"
         by_updates(ax, kept, data, way, f"{data}, {number}")
     axes[0, 0].set_ylim(2.65, 3.65)                          # above it one's own slot goes on
-    lines = axes[0, 0].get_legend_handles_labels()
-    fig.legend(*lines, loc="outside lower center", ncols=7, fontsize=8)
+    axes[1, 1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(0.02, 0.93))
     return fig
 
 
@@ -680,9 +679,12 @@ def frontier(kept):
         same_calls.sort(key=lambda r: r["entropy"])
         by_entropy.plot([r["entropy"] for r in same_calls],
                         [r["judge_nll"] for r in same_calls], style, **look)
+    seconds = {r["who"]: r["seconds"] for r in chosen(kept["seconds"], batch=1)}
+    as_long = seconds["ar"] / (seconds["plain 32"] / 32)     # calls in the AR model's seconds
+    by_calls.axvline(as_long, color="0.5", linestyle=":", label="the AR teacher's time")
     by_calls.set_xscale("log", base=2)
     by_calls.set(xlabel="calls for 1024 characters", ylabel="judge NLL, nats a character")
-    by_calls.legend(fontsize=7)
+    by_entropy.legend(*by_calls.get_legend_handles_labels(), fontsize=7, loc="upper left")
     by_entropy.set(xlabel="entropy in 32 calls, by temperature, nats",
                    ylabel="judge NLL, nats a character")
     fig.tight_layout()
