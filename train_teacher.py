@@ -226,7 +226,9 @@ def train_bpe(text, V):
         old = {word: words.pop(word) for word in list(words) if best in word}
         new = {word.replace(best, chr(len(tokens))): n for word, n in old.items()}
         words.update(new)
-        pairs = pairs - count_pairs(old) + count_pairs(new)
+        pairs.subtract(count_pairs(old))
+        pairs.update(count_pairs(new))
+        pairs = +pairs                                       # without those that fell to zero
         tokens.append(b"".join(spelled[best]))
     return tokens
 

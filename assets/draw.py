@@ -559,8 +559,6 @@ def loss_by_noise(kept):
 TOKENS_A_STEP = ("1", "2", "4")
 LEFT_NAMES = {"plain": "plain", "plain2000": "plain, 2000 updates", "prefix": "prefix",
               "tcs": "TCS", "opdlm": "OPDLM"}
-
-
 MORE_NAMES = {"more-plain": "plain, 500 updates more", "more-tcs": "TCS from it, 500 updates",
               "tenth-plain": "plain, a tenth of the text", "tenth-tcs": "TCS, a tenth of the text"}
 
@@ -737,13 +735,9 @@ def last_words(kept):
 def by_calls_of_256(kept):
     """Blocks of 64 beside one block of 256: judge NLL and what text costs, by calls."""
     rows = []
-    for who, blocks in (("AR teacher", 1), ("plain", 1), ("plain, blocks of 64", 4),
-                        ("prefix, blocks of 64", 4)):
+    for who in ("AR teacher", "plain", "plain, blocks of 64", "prefix, blocks of 64"):
         run = chosen(kept["runs"], who=who)[0]
-        plainly = [r for r in chosen(run["rows"], order="left") if "temperature" not in r]
-        by_calls = {blocks * r["steps"]: r for r in plainly}
-        if who == "AR teacher":
-            by_calls = {256: {**run["rows"][0], "nll": run["bound"]}}
+        by_calls = {r["calls"]: r for r in run["rows"] if "nll" in r}       # by `left`
         for key, label in (("judge_nll", "judge NLL"), ("nll", "text costs")):
             cells = [f"{by_calls[calls][key]:.2f}" if calls in by_calls else ""
                      for calls in (256, 128, 64, 32, 16, 8)]
@@ -754,16 +748,12 @@ def by_calls_of_256(kept):
 
 def stories_of_256(kept):
     """Stories in texts of 256 tokens: the share right, calls, and seconds of 1 and 8 texts."""
-    seconds = {(r["who"], r["batch"]): r["seconds"] for r in kept["seconds"]
-               if r["what"] == "stories of 256 tokens"}
     rows = []
     for run in kept["stories"]:
         for r in run["rows"]:
             how = [f"{r['steps']} steps a block"] if r.get("steps") else []
             how += [f"{r['threshold']:.0%} sure"] if r.get("threshold") else []
-            way = {key: r[key] for key in ("steps", "threshold") if key in r and r[key]}
-            who = "ar" if run["who"] == "AR teacher" else f"{run['who'].replace(' = ', '')} {way}"
-            times = [f"{seconds[who, B]:.2f}" if (who, B) in seconds else "" for B in (1, 8)]
+            times = [f"{r[key]:.2f}" if key in r else "" for key in ("seconds_1", "seconds_8")]
             rows.append([run["who"], ", ".join(how), f"{r['calls']:.0f}",
                          f"{r['right']:.1%} ± {r['right_se']:.1%}", f"{r['entropy']:.2f}", *times])
     return markdown(["who writes", "how", "calls", "right", "entropy", "seconds, 1 text", "8"], rows)
