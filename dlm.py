@@ -159,7 +159,7 @@ class Layer(nn.Module):
 
 
 def behind(ar_slots, e, b):
-    """What slots hold where each block of embeddings e stands behind the text. All are (B, L, d).
+    """What slots hold if each block of e stands behind the text before it. All are (B, L, d).
 
     Slot i holds e_{i-1} or, where i begins a block, the text's own x_{i-1}: what the AR model's
     slot i holds.
@@ -319,10 +319,10 @@ class Transformer(nn.Module):
         """log p of G other continuations, each W tokens long, of each text cut at n places.
 
         e (B, n, G, W, d): embeddings of tokens start-1 .. start+W-2, which enter the slots start ..
-        start+W-1; start (n,). -> log p(x_{start+w} | ..) (B, n, G, W, V): what model would say of
-        each text if these tokens stood there. Row text * n + place of the batch holds the G
-        continuations of a place side by side: they share its cached prefix and do not see each
-        other. Answers for positions past the context mean nothing.
+        start+W-1; start (n,). -> log p(x_{start+w} | ..) (B, n, G, W, V): what the model would
+        say if these tokens stood there. The batch has a row for each place of each text. It holds
+        that place's G continuations side by side; each sees the cached slots before `start` and
+        itself. Answers for positions past the context mean nothing.
 
         G = W = 2, start 5:   cached slots 0 .. 4 | slots 5 6 of the one | slots 5 6 of the other
         """
@@ -508,8 +508,8 @@ def suffix_log_prob(teacher, x, cache, candidates, b):
         y = x, but y_i = v = candidates[:, i, k]
         out[:, i, k] = Σ_{j = i+1 .. end of i's block} log p_T(y_j | y_<j)
 
-    Here a call takes the same place of many blocks, whose suffixes have one length W, and many
-    candidates side by side, all behind the cached text.
+    Here a call takes the same place of many blocks, whose suffixes have one length W (some end at
+    L), and many candidates side by side, all behind the cached text.
     """
     L = x.size(1)
     out = teacher.embedding.weight.new_zeros(candidates.shape)
@@ -639,8 +639,9 @@ def ancestral(hidden, moment, elapsed):
 def sdtt(earlier_self, x, z, t, dt, k=2):
     """Target of SDTT: what the earlier self says during its next k ancestral steps. (B, L, V)
 
-    A token's target is the distribution that it was drawn from or, where it stays hidden, that of
-    the last of the k calls. With k = 1 it is what the earlier self says of z. x, z, t (B, L): the
+    There are k calls, with k - 1 steps between them. A token's target is from the last call that
+    saw it hidden, which is what it was drawn from, if it was. With k = 1 it is what the earlier
+    self says of z. x, z, t (B, L): the
     text, the state, and the time of each token's block; dt: the size of a step.
     """
     target = earlier_self(x, z).exp()
