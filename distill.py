@@ -41,8 +41,8 @@ METHODS = {  # name: states, target
 }
 JUDGE_OF_TEXT = train_teacher.Options(tokenizer="char", context=128, updates=500)
 SHARES = {"tcs": 0.6, "sdtt": 0.08, "opdlm": 0.3}    # of --updates, with --method all
-ON_A_GPU = {"data": "docs", "context": 256, "updates": 2000, "batch_size": 32, "texts": 4096,
-            "block": 16, "candidates": 4, "judged": 64}
+ON_A_GPU = {"data": "docs", "context": 256, "updates": 2000, "batch_size": 32, "parts": 4,
+            "texts": 4096, "block": 16, "candidates": 4, "judged": 64}
 PRESETS = {  # for pre-trained teachers: options that the command line does not give
     "": {},
     "laptop-smollm2": {"data": "docs", "teacher": "smollm2", "block": 16, "updates": 120,
@@ -373,7 +373,8 @@ def report(o, folder, trainer, teacher, judge, corpus, more):
     most = min(model.b, o.steps or model.b)
     rows = let_write("student", model, teacher, judge, corpus, o, most)
     if model.L % model.b == 0 and not dlm.is_continuous(model):
-        held = consecutive(corpus.parts["test"], model.L, 64).to(model.embedding.weight.device)
+        held = consecutive(corpus.parts["test"], model.L, max(1, o.judged // 4))
+        held = held.to(model.embedding.weight.device)
         more["gap"] = dlm.inference_gap(model, teacher, held, most, o.order)
         print("\nKL from the AR teacher: {:.3f} nats per token on states that the student visits, "
               "{:.3f} on random masks".format(*more["gap"]))

@@ -1057,23 +1057,23 @@ def test_gradient_score_is_exact_where_the_suffix_is_affine(b):
 
 
 @pytest.mark.parametrize("b", [2, 3, 4])
-def test_gradient_by_finite_differences(b):
+def test_gradient_by_finite_differences(b, nudge=1e-5, atol=1e-6, rtol=1e-4):
     """∇_{e_i} log p_T(rest of i's block): each e_i is nudged in turn, with all else as it is."""
     model = random_model(1)
     x = TEXTS[[7, 50]]
     g = dlm.suffix_gradient(model, x, b)
 
-    def suffix_log_prob(block, i, d, nudge):
+    def suffix_log_prob(block, i, d, change):
         e = model.embedding(model.shift(x)).detach()                            # slot i+1 holds e_i
-        e[:, i + 1:i + 2, d] += nudge
+        e[:, i + 1:i + 2, d] += change
         logp = picked(model.log_probs(model.run(e, torch.arange(L), "causal")), x)
         return logp[:, i + 1:block.stop].sum(1)
 
     with torch.no_grad():
         for block in blocks(L, b):
             for i, d in itertools.product(block, range(3)):
-                change = suffix_log_prob(block, i, d, 1e-5) - suffix_log_prob(block, i, d, -1e-5)
-                assert_close(change / 2e-5, g[:, i, d], atol=1e-6, rtol=1e-4)
+                up, down = (suffix_log_prob(block, i, d, change) for change in (nudge, -nudge))
+                assert_close((up - down) / (2 * nudge), g[:, i, d], atol=atol, rtol=rtol)
 
 
 @pytest.mark.parametrize("estimator", dlm.ESTIMATORS)

@@ -18,6 +18,7 @@ import distill
 import dlm
 import test_math as laws
 import train_teacher
+from test_math import only_true_ties  # noqa
 from test_scripts import TEXT, call, files, home, metrics, refused, stop_at_7, texts, world  # noqa
 from train_teacher import Options, Pretrained, PretrainedConfig
 
@@ -107,9 +108,25 @@ def test_concrete_scores_and_prefix(make, b):
     laws.test_on_policy_target_is_the_prefix_conditional_of_the_rollout(make, b)
 
 
+def test_gradient_informed_scores(make):
+    """Some families normalise in float32, which blurs small differences."""
+    laws.test_gradient_by_finite_differences(4, nudge=1e-2, atol=1e-2, rtol=1e-2)
+    laws.test_no_gradient_reaches_the_teacher()
+
+
+@pytest.mark.parametrize("b, N", [(1, 0), (4, 2)])
+def test_what_a_text_costs(make, b, N):
+    laws.test_a_text_costs_what_the_sampler_makes_it_likely(make, b, N)
+
+
 @pytest.mark.parametrize("b, N", [(1, 1), (2, 2), (4, 3)])
 def test_ancestral_sampler(make, b, N):
     laws.test_ancestral_sampler_follows_its_law(b, N)
+
+
+def test_the_default_order_with_a_threshold(make, only_true_ties):
+    laws.test_threshold_follows_its_law(make, "left", 0.55, only_true_ties)
+    laws.test_a_row_is_the_same_alone_and_among_others(make, "left", 4)
 
 
 def test_rollouts(make):
@@ -326,6 +343,16 @@ def test_presets_give_way_to_the_command_line(monkeypatch):
     monkeypatch.setattr(distill, "run", lambda o, ckpt: kept.append(o))
     distill.main("--preset laptop-smollm2 --method plain --updates 7".split())
     assert (kept[0].teacher, kept[0].updates, kept[0].batch_size) == ("smollm2", 7, 4)
+
+
+@pytest.mark.parametrize("preset", ["laptop-smollm2", "gpu-smollm2", "gpu-gpt2"])
+@pytest.mark.parametrize("method", ["prefix", "tcs"])
+def test_presets_run_at_a_tiny_size(run, preset, method):
+    """Their blocks and parts of a batch; RUN replaces the sizes, and names a tiny teacher."""
+    assert run(f"--preset {preset} --method {method} --out run")[0] == 0
+    kept = metrics("run")["options"]
+    assert (kept["preset"], kept["block"]) == (preset, 16)
+    assert kept["parts"] == (1 if preset == "laptop-smollm2" else 4)
 
 
 def test_parts_must_divide_the_batch(refused):
