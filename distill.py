@@ -43,7 +43,7 @@ JUDGE_OF_TEXT = train_teacher.Options(tokenizer="char", context=128, updates=500
 SHARES = {"tcs": 0.6, "sdtt": 0.08, "opdlm": 0.3}    # of --updates, with --method all
 ON_A_GPU = {"data": "docs", "context": 256, "updates": 2000, "batch_size": 32, "parts": 4,
             "texts": 4096, "block": 16, "candidates": 4, "judged": 64}
-PRESETS = {  # for pre-trained teachers: options that the command line does not give
+PRESETS = {  # other defaults, for pre-trained teachers
     "": {},
     "laptop-smollm2": {"data": "docs", "teacher": "smollm2", "block": 16, "updates": 120,
                        "batch_size": 4, "texts": 160, "candidates": 4, "judged": 16},
@@ -61,7 +61,7 @@ class Options(train_teacher.RunOptions):
                          "student's; empty: the method's", ("", "data", "teacher", "rollout"))
     target: str = option("", "onehot: the text; prefix: p_T(x_i|x_<i); others: estimators of TCS; "
                          "empty: the method's", ("", "onehot", "prefix", *dlm.ESTIMATORS))
-    preset: str = option("", "options that work with a pre-trained teacher", PRESETS)
+    preset: str = option("", "other defaults, for a pre-trained teacher", PRESETS)
     teacher: str = option("", "an AR checkpoint; smollm2, hf:NAME of the hub, or a folder that "
                           "transformers saved; empty: the one in runs/, trained if missing")
     context: int = option(64, "tokens of a text, if the teacher is a pre-trained one", at_least=2)
@@ -159,8 +159,10 @@ def choose_method(o):
     if o.noise == "gaussian" and o.states not in ("data", "teacher"):
         raise UserError(f"--noise gaussian: {o.method} works with masks; "
                         "use plain, prefix, tcs or sequence")
-    goes_with = {"on_the_way": ("later",), "rollout": ("prefix",)}
-    if o.target not in goes_with.get(o.states, ("onehot", "prefix", *dlm.ESTIMATORS)):
+    of_a_text = ("onehot", "prefix", *dlm.ESTIMATORS)
+    goes_with = {"data": of_a_text, "teacher": of_a_text, "on_the_way": ("later",),
+                 "rollout": ("prefix",)}
+    if o.target not in goes_with[o.states]:
         raise UserError(f"--states {o.states} --target {o.target}: do not go together; rollout "
                         "wants prefix; sdtt, and so all, want neither option")
     return o

@@ -515,17 +515,18 @@ class Pretrained(dlm.Transformer):
     """The network of `transformers` between our slots and our loss.
 
     All that it must do is to `run` embeddings at given positions under a given mask. [MASK] is one
-    more row of the embedding, V, which starts as the mean of the others."""
+    more row of the embedding, V, which starts as the mean of the others. The head has no such row,
+    since nothing says [MASK]. `own` and `ends_block` are what `dlm.Transformer` has."""
 
     def __init__(self, c, whole=None):
-        """whole: the model that `transformers` has loaded; None: one of this shape, at random."""
+        """whole: the model that `transformers` has loaded; None: one of its shape, at random."""
         nn.Module.__init__(self)
         self.c = c
         self.V = c.V
         self.L = c.L
         self.b = c.b
         self.bos = c.bos
-        whole = whole or untrained(c.hf)
+        whole = whole or random_weights(c.hf)
         E = whole.get_input_embeddings().weight
         tied = whole.get_output_embeddings().weight is E
         self.head = None if tied else whole.get_output_embeddings()
@@ -543,10 +544,11 @@ class Pretrained(dlm.Transformer):
         return self.body.get_input_embeddings()
 
     @property
-    def layers(self):
+    def layers(self):                       # whose first one `dlm.counting` looks at
         return next(part for part in self.body.modules() if isinstance(part, nn.ModuleList))
 
     def run(self, e, position, mask, cache=None, last=0, wanted=None):
+        """As `dlm.Transformer.run`: a mask "causal" is made here, with None all slots see all."""
         T = e.size(1)
         done = cache.done if cache else 0
         if mask is None or isinstance(mask, str):
@@ -563,16 +565,18 @@ class Pretrained(dlm.Transformer):
         return F.log_softmax(said, dim=-1)
 
     def empty_cache(self, B, room):
+        """Of no size: `Kept` makes it longer with every call."""
         return dlm.Cache([None] * self.body.config.num_hidden_layers)
 
 
 class Kept:
-    """A dlm.Cache as `transformers` uses it: it hands in new keys and values, and gets all."""
+    """A dlm.Cache with the two methods that `transformers` calls."""
 
     def __init__(self, cache):
         self.cache = cache
 
     def update(self, k, v, layer, *_, **__):
+        """Keeps the new slots' keys and values of a layer, and returns all of them."""
         new = torch.stack([k, v])                                               # (2, B, H, T, D)
         kept = self.cache.layers[layer]
         if kept is not None:
@@ -581,6 +585,7 @@ class Kept:
         return new.unbind()
 
     def get_seq_length(self, *_):
+        """How many slots came before."""
         return self.cache.done
 
 
@@ -593,8 +598,8 @@ def extra(package):
                         "pip install -r requirements-pretrained.txt") from None
 
 
-def untrained(hf):
-    """A model of `transformers` by its configuration, with random weights."""
+def random_weights(hf):
+    """A model of `transformers` by its configuration."""
     transformers = extra("transformers")
     config = transformers.AutoConfig.for_model(**hf)
     return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32,
@@ -605,14 +610,18 @@ def is_pretrained(name):
     return name == "smollm2" or name.startswith("hf:") or os.path.isfile(f"{name}/config.json")
 
 
+def short_name(name):
+    """Of a pre-trained model, for folders of runs."""
+    if os.path.isdir(name):
+        path = Path(name).resolve()                          # others may end in the same name
+        return f"{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"
+    return name.removeprefix("hf:").replace("/", "-")
+
+
 @torch.no_grad()
 def import_pretrained(name, L):
-    """A pre-trained model as an AR checkpoint -> its folder; made once. hf: asks the hub."""
-    short = name.removeprefix("hf:").replace("/", "-")
-    if os.path.isdir(name):                                  # others may end in the same name
-        path = Path(name).resolve()
-        short = f"{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"
-    folder = Path(f"runs/{short}-{L}")
+    """A pre-trained model as an AR checkpoint -> its folder; made once. hf:NAME is downloaded."""
+    folder = Path(f"runs/{short_name(name)}-{L}")
     if (folder / "checkpoint.pt").exists():
         return folder
     print(f"{name} becomes {folder}, once: this takes a minute", flush=True)
@@ -663,18 +672,25 @@ def load_pretrained(name):
 
 
 def begin_of_text(tokenizer):
-    """What stood between texts. Where there is no such token: the one that begins a chat."""
+    """What slot 0 holds: what stood between texts in training.
+
+    A model that was trained on to chat may call another token its bos: SmolLM2-Instruct's begins
+    a turn."""
     tokens = [tokenizer.get_vocab().get("<|endoftext|>"), tokenizer.bos_token_id,
               tokenizer.eos_token_id]
     return next(token for token in tokens if token is not None)
 
 
 def takes_masks(model, x, said):
-    """Whether it says of a text x (1, 8) what it said before, and sees the end without a mask."""
+    """Whether it still says of x (1, 8) what `transformers` said, and obeys a mask.
+
+    Without one the first slot must notice another end of the text."""
     e = model.embedding(model.shift(x))
-    other = F.pad(e[:, :-1], (0, 0, 0, 1))                                  # has another end
-    first = [model.run(text, torch.arange(8), None)[:, 0] for text in (e, other)]
-    return not torch.equal(*first) and (model(x, x) - said).abs().max() < 1e-3
+    other_end = F.pad(e[:, :-1], (0, 0, 0, 1))
+    position = torch.arange(8)
+    notices = not torch.equal(model.run(e, position, None)[:, 0],
+                              model.run(other_end, position, None)[:, 0])
+    return notices and (model(x, x) - said).abs().max() < 1e-3
 
 
 # --------------------------------------------------------------------------------------------------
@@ -954,9 +970,11 @@ def options_of(ckpt):
 
 
 def run_name(o, what, block=""):
-    """Such as ar-docs-bpe512-s0 or tcs-docs-bpe512-b4-s0."""
+    """Such as ar-docs-bpe512-s0, tcs-docs-bpe512-b4-s0 or prefix-docs-smollm2-b16-s0."""
     block += "-gaussian" if o.noise == "gaussian" else ""
     tokenizer = o.tokenizer.replace(":", "")
+    if is_pretrained(getattr(o, "teacher", "")):             # which brings its own
+        tokenizer = short_name(o.teacher)
     return f"{what}-{Path(o.data).stem[:40]}-{tokenizer}{block}-s{o.seed}"
 
 

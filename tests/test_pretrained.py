@@ -64,7 +64,7 @@ def make(request, monkeypatch):
 def test_greedy_tokens_and_logits_are_those_of_transformers(make, request):
     model = make(1, L=12, V=9)
     family = request.node.callspec.params["make"]
-    theirs = train_teacher.untrained(configuration(family, 9)).double().eval()
+    theirs = train_teacher.random_weights(configuration(family, 9)).double().eval()
     weights = model.body.state_dict()
     embedding = next(name for name, w in weights.items() if len(w) == 10)
     weights[embedding] = weights[embedding][:9]                # without [MASK]
@@ -227,7 +227,7 @@ def test_a_teacher_is_imported_once_and_is_an_ar_model(run, call, monkeypatch):
     assert (model.b, model.L, model.V) == (1, 16, 300)
     assert tokenizer.decode([model.bos]) == "" and model.bos == 0      # <|endoftext|>, not <s>
     assert tokenizer.decode(tokenizer.encode("a name of")) == "a name of"
-    monkeypatch.setattr(train_teacher, "untrained", pytest.fail)
+    monkeypatch.setattr(train_teacher, "load_pretrained", pytest.fail)
     assert train_teacher.import_pretrained("./tiny-llama", 16) == folder
 
 
@@ -236,6 +236,13 @@ def test_folders_of_one_name_become_two_teachers(saved, home):
     one, other = (train_teacher.import_pretrained(name, 16)
                   for name in ("tiny-llama", "other/tiny-llama"))
     assert one != other
+
+
+def test_a_run_is_named_after_its_teacher(saved, home):
+    o = distill.Options(data="docs", teacher="smollm2")
+    assert train_teacher.run_name(o, "prefix", "-b16") == "prefix-docs-smollm2-b16-s0"
+    o = dataclasses.replace(o, teacher="hf:some/one")
+    assert train_teacher.run_name(o, "prefix") == "prefix-docs-some-one-s0"
 
 
 def test_weights_are_those_of_the_folder(saved, home):
