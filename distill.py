@@ -142,14 +142,7 @@ def choose_method(o):
     """Fills in what the method says and the user did not, and refuses pairs that make no sense."""
     train_teacher.part_of_batch(o)
     states, target = METHODS[o.method]
-    rate = 0.002            # a higher one makes students forget what they know
-    if o.data == "stories":
-        rate = 0.006        # stories are soon learned again
-    if o.student == "random":
-        rate = 0.02
-    if is_pretrained(o.teacher):
-        rate = 5e-5         # AdamW's
-    o = replace(o, states=o.states or states, target=o.target or target, lr=o.lr or rate)
+    o = replace(o, states=o.states or states, target=o.target or target)
     if o.block == 1 and (o.states, o.target) != ("data", "onehot"):
         raise UserError("--block 1: that is the AR model itself, and goes with --method plain; "
                         "use 2 or more, or 0 for all")
@@ -166,6 +159,17 @@ def choose_method(o):
         raise UserError(f"--states {o.states} --target {o.target}: do not go together; rollout "
                         "wants prefix; sdtt, and so all, want neither option")
     return o
+
+
+def usual_rate(o, student):
+    """The learning rate where none is given: AdamW's of a pre-trained model, else Muon's."""
+    if isinstance(student, Pretrained):
+        return 1e-3 if o.student == "random" else 5e-5
+    if o.student == "random":
+        return 0.02
+    if o.data == "stories":
+        return 0.006        # stories are soon learned again
+    return 0.002            # a higher one makes students forget what they know
 
 
 def texts_for(o, teacher, ids):
@@ -345,7 +349,10 @@ def run(o, ckpt=None):
     o = choose_method(o)
     what = o.method if METHODS[o.method] == (o.states, o.target) else f"{o.states}-{o.target}"
     folder = train_teacher.folder_of(o, run_name(o, what, f"-b{o.block}"))
+    for unseen in texts_unseen(o):
+        train_teacher.read_lines(unseen, "--unseen")        # refuses now what it would later
     path, teacher, student, judge, corpus = load_models(o, ckpt)
+    o = replace(o, lr=o.lr or usual_rate(o, student))
     start = time.time()
     method = Distillation(o, teacher, student, corpus)
     more = {"teacher": str(path), "teacher_seconds": time.time() - start}   # writing, scoring
@@ -383,7 +390,7 @@ def report(o, folder, trainer, teacher, judge, corpus, more):
     more["teacher_nats_per_char"] = train_teacher.test_bound(teacher, corpus)[2]
     if o.unseen:
         more["unseen"] = {path: cost_of_file(path, model, teacher, corpus.tokenizer)
-                          for path in o.unseen.split(",") if path}
+                          for path in texts_unseen(o)}
     train_teacher.report(o, folder, trainer, model, corpus, table=rows,
                          validated="bound, and teacher's NLL of samples", **more)
     train_teacher.save_figure(plot_quality(rows), folder / "quality.png")
@@ -395,6 +402,10 @@ def report(o, folder, trainer, teacher, judge, corpus, more):
             print("  " + text.replace("\n", "⏎"))
     print(f"\n{folder}: checkpoint.pt, metrics.json, loss.png, quality.png. "
           f"Next: python sample.py --checkpoint {folder}")
+
+
+def texts_unseen(o):
+    return [path for path in o.unseen.split(",") if path]
 
 
 def cost_of_file(path, model, teacher, tokenizer):
@@ -413,13 +424,15 @@ def finish(o, folder):
     if o.overwrite or not Path(folder, "checkpoint.pt").exists():
         run(o)
         return folder
-    o = replace(o, resume=folder)
-    kept, ckpt = resumed(o, [])
-    if choose_method(o) != replace(kept, overwrite=False):
+    ckpt = load(folder, "--out")[2]
+    wanted = vars(choose_method(o))
+    kept = {"lr": 0.0, **ckpt["options"]}
+    may_differ = {"out", "resume", "device", "overwrite"} | ({"lr"} if not o.lr else set())
+    if any(kept.get(name) != wanted[name] for name in wanted.keys() - may_differ):
         raise UserError(f"--out {folder}: holds a run with other options; "
                         "--overwrite replaces it, or name another")
     if ckpt["trainer"]["done"] < o.updates or not Path(folder, "metrics.json").exists():
-        run(kept, ckpt)
+        run(*resumed(replace(o, resume=folder), []))
     else:
         print(f"{folder}: finished before, and kept; --overwrite makes it anew")
     return folder

@@ -135,10 +135,17 @@ def cells(tokens, before, given, tokenizer, V):
         return "new" if before[i] == V else "old"
 
     text = []
+    read = []           # decoded together: how a token is written may depend on those before it
+    written = ""
     for kind, run in itertools.groupby(range(len(tokens)), kind_of):
-        ids = [tokens[i] for i in run]     # decoded together: a character may take several tokens
-        written = HIDDEN * len(ids) if kind == "hidden" else tokenizer.decode(ids)
-        text += [(c, kind) for c in written]
+        ids = [tokens[i] for i in run]
+        if kind == "hidden":
+            text += [(HIDDEN, kind)] * len(ids)
+            continue
+        read += ids
+        so_far = tokenizer.decode(read)
+        text += [(c, kind) for c in so_far[len(written):]]
+        written = so_far
     return text
 
 
@@ -191,7 +198,8 @@ def draw_gif(frames, path):
         draw = ImageDraw.Draw(pictures[-1])
         for row, line in enumerate(lines):
             for column, (c, kind) in enumerate(line):
-                draw.text((10 + 9 * column, 10 + 20 * row), c, INKS[kind], font)
+                if c.isprintable():
+                    draw.text((10 + 9 * column, 10 + 20 * row), c, INKS[kind], font)
     first, *others = pictures + pictures[-1:] * 20           # the last one stays
     replace_file(path, lambda f: first.save(f, "GIF", save_all=True, append_images=others,
                                             duration=120, loop=0), "--gif")
@@ -370,6 +378,8 @@ def bench(o):
     """Each model by each order and number of steps: a table, and bench.json."""
     loaded = {path: load(path, "--bench", o.device) for path in o.bench.split(",")}
     first_path, (first, tokenizer, ckpt) = next(iter(loaded.items()))
+    learned = [ckpt for _, _, ckpt in loaded.values() if ckpt["corpus"]]
+    ckpt = learned[0] if learned else ckpt                  # an imported one learned from none
     corpus = load_corpus(ckpt["options"]["data"], tokenizer, first.L)
     judge = None
     if o.judge:

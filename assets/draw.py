@@ -477,24 +477,42 @@ def per_char(run):
 def pretrained_table(kept):
     """SmolLM2 opened to blocks of four: what its students say of texts, and how they go on."""
     first = kept["runs"][0]
+    itself = chosen(kept["sixteen"]["models"], who="ar")[0]
     ar = [first["teacher_docs"], *(first["unseen"][text]["teacher"] for text in TEXTS[1:])]
-    judge = f"{first['table'][1]['judge_nll']:.2f}"
-    rows = [["the AR model itself", *(f"{nats:.2f}" for nats in ar), judge, "", ""]]
+    rows = [["SmolLM2 itself", *(f"{nats:.2f}" for nats in ar),
+             f"{itself['text']['48']['per_char']:.2f}", f"{itself['last_word']:.0%}",
+             f"{first['table'][1]['judge_nll']:.2f}", "", ""]]
     untrained = [kept["untrained"]["mean"][text] for text in TEXTS]
-    rows.append(["opened, untrained", *(f"{nats:.2f}" for nats in untrained), "", "", ""])
-    labels = {"plain": "plain", "prefix": "prefix", "tcs": "TCS", "opdlm": "OPDLM"}
+    rows.append(["opened, untrained", *(f"{nats:.2f}" for nats in untrained), *[""] * 5])
+    labels = {"plain": "`plain`", "prefix": "`prefix`", "tcs": "`tcs`", "opdlm": "`opdlm`"}
     for name, label in labels.items():
         runs = chosen(kept["runs"], method=name)
         bounds = [stated(runs, lambda run: (per_char(run)[i], 0), 3) for i in range(3)]
+        asked = [run for run in runs if "text" in run]
+        costs = " / ".join(of_seeds(asked, "text", calls, "per_char") for calls in calls_of(4))
+        words = f"{fmean(run['last_word'] for run in asked):.0%}"
         quality = [stated(runs, lambda run: judged(run["table"][row])) for row in (2, 3)]
-        rows.append([label, *bounds, *quality, str(len(runs))])
-    head = ["", "`docs`", "Shakespeare", "RESULTS.md", "1 a step", "2 a step", "seeds"]
+        rows.append([label, *bounds, costs, words, *quality, str(len(runs))])
+    head = ["", "bound: `docs`", "Shakespeare", "RESULTS.md", "`docs` in 48 / 24 / 12 calls",
+            "last words", "judge: 48 calls", "24 calls", "seeds"]
     return markdown(head, rows)
 
 
+def share_closed(kept, name):
+    """Of the distance that `plain` leaves to SmolLM2 on unseen texts, what a student closes."""
+    first = kept["runs"][0]
+    shares = []
+    for i, text in enumerate(TEXTS[1:], 1):
+        plain, other = (fmean(per_char(run)[i] for run in chosen(kept["runs"], method=method))
+                        for method in ("plain", name))
+        shares.append((plain - other) / (plain - first["unseen"][text]["teacher"]))
+    return shares
+
+
 SMOLLM2 = {("ar, trained on", 1): "SmolLM2, trained on as much", ("ar", 1): "SmolLM2",
-           ("plain", 16): "`plain`", ("prefix", 16): "`prefix`"}
-MORE_OF_SMOLLM2 = {("opdlm", 16): "`opdlm`", ("plain", 4): "`plain`, blocks of four"}
+           **{(who, b): f"`{who}`, b = {b}" for b, names in
+              ((16, ("plain", "prefix", "opdlm")), (8, ("plain", "prefix")), (4, ("plain",)))
+              for who in names}}
 
 
 def of_seeds(runs, *keys):
@@ -507,19 +525,33 @@ def calls_of(block):
 
 
 def sixteen(kept):
-    """SmolLM2 in blocks of sixteen: what text costs it, and what it writes, by calls."""
+    """SmolLM2 after 30 thousand tokens: what text costs it, and what it writes, by calls."""
     rows = []
-    for (who, block), label in {**SMOLLM2, **MORE_OF_SMOLLM2}.items():
+    for (who, block), label in SMOLLM2.items():
         runs = chosen(kept["sixteen"]["models"], who=who, block=block)
         row = [label]
-        for measure in (("text", "per_char"), ("written", "tuned_nll"), ("written", "judge_nll")):
-            of_calls = [of_seeds(runs, measure[0], n, measure[1]) for n in calls_of(block)]
-            row.append(" / ".join(of_calls))
+        for measure, value in (("text", "per_char"), ("written", "tuned_nll"),
+                               ("written", "judge_nll")):
+            costs = []
+            for calls in calls_of(block):
+                asked = [run for run in runs if calls in run[measure]]
+                costs.append(of_seeds(asked, measure, calls, value))
+            row.append(" / ".join(costs))
         bounds = [of_seeds(runs, "bounds", text) for text in TEXTS]
         rows.append([*row, *bounds, str(len(runs))])
-    head = ["", "text costs it", "its texts cost: the AR model trained on", "a small AR judge",
+    head = ["48 / 24 / 12 calls", "`docs` costs it, a character",
+            "its texts cost SmolLM2 trained on, a token", "its texts cost a small judge, a character",
             "bound: `docs`", "Shakespeare", "RESULTS.md", "seeds"]
     return markdown(head, rows)
+
+
+def shown_by_preset(kept):
+    """What the README's command for SmolLM2 prints at its end."""
+    rows = []
+    for r in kept["shown"]["table"][1:]:
+        name = r["what"].replace("AR teacher", "SmolLM2 itself").replace("student, ", "")
+        rows.append([name, f"{r['calls']:.0f}", f"{r['nll']:.2f}", f"{r['seconds_1'][1]:.1f}"])
+    return markdown(["", "calls", "text costs, nats a token", "seconds for one text"], rows)
 
 
 def fit_levels(gamma, nats, A):
@@ -826,6 +858,7 @@ TABLES = {"main-job": lambda: main_job(read("main-job")),
           "long": lambda: long_table(read("students")),
           "pretrained": lambda: pretrained_table(read("pretrained")),
           "sixteen": lambda: sixteen(read("pretrained")),
+          "preset": lambda: shown_by_preset(read("pretrained")),
           "by-left": lambda: by_left(read("students"), "docs", LEFT_NAMES),
           "by-left-stories": lambda: by_left(read("students"), "stories", LEFT_NAMES),
           "by-left-more": lambda: by_left(read("students"), "docs", MORE_NAMES),

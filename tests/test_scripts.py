@@ -527,6 +527,11 @@ def test_same_seed_same_texts(call, run):
     assert len(set(written(0))) == len(written(0)) == 4
 
 
+def test_pictures_leave_out_what_cannot_be_drawn(home):
+    sample.draw_gif([[(c, "old") for c in "a\rb\x00"]], "text.gif")
+    assert Path("text.gif").read_bytes().startswith(b"GIF")
+
+
 @pytest.mark.parametrize("run", [AR, TCS, MDLM])
 @pytest.mark.parametrize("prompt", ["T", "The value ", "The value is ca", "The\nof", "___ of"])
 def test_prompt_stands_verbatim(call, run, prompt):
