@@ -71,7 +71,8 @@ class Options(train_teacher.RunOptions):
     updates: int = option(1000, "updates of the weights", at_least=1)
     batch_size: int = option(8, "texts an update", at_least=1)
     lr: float = option(0.0, "Muon's learning rate; AdamW's is 0.15 of it; 0: .002, for stories "
-                       ".006, from random weights .02; of pre-trained models AdamW's: 5e-5")
+                       ".006, from random weights .02; of pre-trained models AdamW's: 5e-5, "
+                       "from random weights 1e-3")
     divergence: str = option("forward", "of target and student",
                              ("forward", "reverse", "tvd", "mse"))
     fraction: float = option(1.0, "share of the training text: a stretch that the seed chooses",

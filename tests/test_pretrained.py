@@ -348,9 +348,11 @@ def test_another_judge_reads_the_text_and_not_the_tokens(run, call):
     assert run("--method plain --block 4 --out run")[0] == 0
     judge = next(Path("runs").glob("ar-tiny-char-s1"))
     teacher = train_teacher.import_pretrained("tiny-llama", 16)
-    code, out, err = call("sample", f"--bench run,{teacher} --judge {judge} --texts 8 "
+    code, out, err = call("sample", f"--bench {teacher},run --judge {judge} --texts 8 "
                           "--order left --steps 4")
     assert code == 0, err
+    held_out = json.loads(Path("runs/bench/bench.json").read_text())["rows"][0]["samples"]
+    assert held_out[0] in Path("tiny.txt").read_text()         # the teacher learned from no text
     assert len(re.findall(r"^(?:run|tiny-llama-\w+-16) ", out, re.M)) == 2
 
 
@@ -385,6 +387,8 @@ BAD = {
     "--teacher broken-model --context 16": "cannot be loaded",
     "--teacher hf:nobody/nothing": "cannot be loaded",
     "--teacher tiny-llama --context 65": "--context 65.*64",
+    "--teacher tiny-llama --context 16 --block 17": "--block 17: longer than the context of 16",
+    f"{TEACHER} --unseen no.txt": "--unseen no.txt",
     f"{TEACHER} --student runs/ar-tiny-char-s0": "vocabulary"}
 
 
@@ -392,6 +396,18 @@ BAD = {
 def test_models_that_will_not_do(saved, refused, monkeypatch, argv):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)    # else it tries for long
     assert re.search(BAD[argv], refused("distill", f"--data tiny.txt --method plain {argv}"))
+
+
+def test_slots_must_come_in_any_order():
+    model = tiny("llama", 1, L=8)
+    run = model.run
+    x = torch.arange(8)[None] % V
+    said = model(x, x)
+    assert train_teacher.takes_masks(model, x, said)
+    model.run = lambda e, position, mask, cache=None: run(e, position, mask if cache else "causal",
+                                                          cache)
+    assert torch.equal(model(x, x), said)
+    assert not train_teacher.takes_masks(model, x, said)
 
 
 @pytest.mark.parametrize("part", ["AutoTokenizer", "AutoModelForCausalLM"])
