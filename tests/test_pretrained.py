@@ -388,7 +388,6 @@ BAD = {
     "--teacher hf:nobody/nothing": "cannot be loaded",
     "--teacher tiny-llama --context 65": "--context 65.*64",
     "--teacher tiny-llama --context 16 --block 17": "--block 17: longer than the context of 16",
-    f"{TEACHER} --unseen no.txt": "--unseen no.txt",
     f"{TEACHER} --student runs/ar-tiny-char-s0": "vocabulary"}
 
 
@@ -396,6 +395,11 @@ BAD = {
 def test_models_that_will_not_do(saved, refused, monkeypatch, argv):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)    # else it tries for long
     assert re.search(BAD[argv], refused("distill", f"--data tiny.txt --method plain {argv}"))
+
+
+def test_unseen_texts_are_read_before_the_training(saved, refused, monkeypatch):
+    monkeypatch.setattr(train_teacher, "fit", pytest.fail)
+    assert "--unseen no.txt" in refused("distill", f"{RUN} --method plain --unseen no.txt")
 
 
 def test_slots_must_come_in_any_order():
