@@ -427,8 +427,10 @@ def finish(o, folder):
         return folder
     ckpt = load(folder, "--out")[2]
     wanted = vars(choose_method(o))
-    kept = {"lr": 0.0, **ckpt["options"]}
-    may_differ = {"out", "resume", "device", "overwrite"} | ({"lr"} if not o.lr else set())
+    kept = ckpt["options"]
+    may_differ = {"out", "resume", "device", "overwrite"}
+    if not o.lr:
+        may_differ.add("lr")                                    # the run chose its own
     if any(kept.get(name) != wanted[name] for name in wanted.keys() - may_differ):
         raise UserError(f"--out {folder}: holds a run with other options; "
                         "--overwrite replaces it, or name another")

@@ -46,6 +46,11 @@ class Config:
     dropout: float = 0.0
     D: int = 0          # dimensions of a noisy token (see `Continuous`); 0: tokens are hidden
 
+    def __post_init__(self):
+        if self.b > self.L:
+            raise UserError(f"--block {self.b}: longer than the context of {self.L}; "
+                            "use 0 for the whole context")
+
 
 def clean_slots(L, b):
     """How many slots carry clean tokens in one pass over a text of L tokens (see `slots`)."""
@@ -180,9 +185,6 @@ class Transformer(nn.Module):
         super().__init__()
         if c.n_embd % (2 * c.n_head):
             raise UserError(f"--n_embd {c.n_embd}: must be an even multiple of --n_head {c.n_head}")
-        if c.b > c.L:
-            raise UserError(f"--block {c.b}: longer than the context of {c.L}; "
-                            "use 0 for the whole context")
         if c.dropout >= 1:
             raise UserError(f"--dropout {c.dropout}: must be below 1")
         self.c = c

@@ -522,9 +522,6 @@ class Pretrained(dlm.Transformer):
     def __init__(self, c, whole=None):
         """whole: the model that `transformers` has loaded; None: one of its shape, at random."""
         nn.Module.__init__(self)
-        if c.b > c.L:
-            raise UserError(f"--block {c.b}: longer than the context of {c.L}; "
-                            "use 0 for the whole context")
         self.c = c
         self.V = c.V
         self.L = c.L
@@ -704,16 +701,15 @@ def begin_of_text(tokenizer):
 
 def takes_masks(model, x, said):
     """Whether it says of x (1, L) what `transformers` said, in any order and behind a cache."""
-    L = x.size(1)
-    position = torch.arange(L)
+    position = torch.arange(x.size(1))
     causal = position <= position[:, None]
     e = model.embedding(model.shift(x))
     whole = model.run(e, position, causal)
     backwards = model.run(e.flip(1), position.flip(0), causal.flip(0, 1)).flip(1)
-    cache = model.empty_cache(1, L)
-    first, rest = position.split([L // 2, L - L // 2])
+    first, rest = position.chunk(2)
+    cache = model.empty_cache(1, len(position))
     model.run(e[:, first], first, "causal", cache)
-    cache.done = len(first)
+    cache.done = len(first)                                  # the next call writes behind them
     behind = model.run(e[:, rest], rest, causal[rest], cache)
     pairs = ((whole, said), (backwards, said), (behind, said[:, rest]))
     return all(torch.allclose(model.log_probs(h), logp, atol=1e-3) for h, logp in pairs)
